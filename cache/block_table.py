@@ -1,0 +1,76 @@
+"""One sequence's blocks in one head group."""
+
+from array import array
+
+from headlong.cache.policy import HeadPolicy
+
+
+class BlockTable:
+    """The blocks a sequence still owns: sink blocks first, then the window's.
+
+    Logical block i holds tokens i * block_size to (i + 1) * block_size - 1. Blocks between the
+    sink blocks and `window_start` have been given back.
+
+    Args:
+        policy: What the group keeps of this sequence.
+        block_size: Tokens of a block.
+
+    Attributes:
+        blocks: Block ids (int32), sink blocks then window blocks.
+        window_start: Logical index of the first block after the sink blocks that is still owned.
+    """
+
+    __slots__ = ("block_size", "blocks", "num_sink_blocks", "policy", "window_start")
+
+    def __init__(self, policy: HeadPolicy, block_size: int) -> None:
+        self.policy = policy
+        self.block_size = block_size
+        self.num_sink_blocks = policy.sink_blocks(block_size)
+        self.window_start = self.num_sink_blocks
+        self.blocks = array("i")
+
+    @property
+    def num_logical_blocks(self) -> int:
+        """Blocks of the sequence so far, those given back included."""
+        return len(self.blocks) + self.window_start - self.num_sink_blocks
+
+    def missing_blocks(self, num_tokens: int) -> int:
+        """Blocks to add so that the table holds `num_tokens` tokens."""
+        return max(0, -(-num_tokens // self.block_size) - self.num_logical_blocks)
+
+    def add(self, blocks: list[int]) -> None:
+        """Append blocks for the tokens that come next."""
+        self.blocks.extend(blocks)
+
+    def slot(self, position: int) -> int:
+        """Slot (block * block_size + offset) of the token at `position`, still owned."""
+        logical, offset = divmod(position, self.block_size)
+        return self.blocks[self.entry(logical)] * self.block_size + offset
+
+    def entry(self, logical: int) -> int:
+        """Index in `blocks` of a logical block.
+
+        Raises:
+            ValueError: The block was given back, or does not exist yet.
+        """
+        if logical < self.num_sink_blocks:
+            entry = logical
+        else:
+            entry = logical - self.window_start + self.num_sink_blocks
+            if entry < self.num_sink_blocks:
+                raise ValueError(f"logical block {logical} was given back")
+        if entry >= len(self.blocks):
+            raise ValueError(f"logical block {logical} is not allocated")
+        return entry
+
+    def take_expired(self, num_tokens: int) -> list[int]:
+        """Remove and return the blocks that no query from position `num_tokens` on can reach."""
+        start = self.policy.window_start(num_tokens, self.block_size)
+        count = start - self.window_start
+        if count <= 0:
+            return []
+        first = self.num_sink_blocks
+        expired = self.blocks[first : first + count]
+        del self.blocks[first : first + count]
+        self.window_start += len(expired)
+        return expired.tolist()

@@ -1,0 +1,223 @@
+"""How many blocks each group gets, and what that holds. The one place that sizes an arena.
+
+A group with a window needs a constant number of blocks a sequence, and during a step also blocks
+for the step's new tokens; it is given enough for every sequence that may run. All the rest goes to
+the groups that grow with the context. Where memory is too tight for that, the windows are sized
+for as many sequences as fit beside an equal share of growing blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headlong.cache.groups import HeadGroup
+from headlong.cache.policy import RETRIEVAL
+from headlong.kernels.batch import UNBOUNDED
+from headlong.kernels.layout import ArenaLayout, PageLayout, build_arena_layout
+
+
+class CapacityError(ValueError):
+    """The memory is too small for even one sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What sizes a cache, beside its bytes.
+
+    Attributes:
+        groups: The model's head groups.
+        head_dim: Elements of K, and of V, of one head and token.
+        dtype: Of the pages.
+        block_size: Tokens of a page.
+        max_num_seqs: Most sequences that run at once.
+        max_num_batched_tokens: Most new tokens of one step.
+    """
+
+    groups: tuple[HeadGroup, ...]
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def page(self) -> PageLayout:
+        """Layout of one page."""
+        return PageLayout(self.block_size, self.head_dim, self.dtype)
+
+    def block_bytes(self, group: HeadGroup) -> int:
+        """Bytes of one block of a group."""
+        return len(group.members) * self.page.page_bytes
+
+    @property
+    def growing_token_bytes(self) -> int:
+        """Bytes that each further token of context adds, over the groups that grow."""
+        growing = [group for group in self.groups if group.policy.keeps_all]
+        return sum(self.block_bytes(group) for group in growing) // self.block_size
+
+    @property
+    def full_token_bytes(self) -> int:
+        """Bytes of one token in a cache that keeps everything for every head."""
+        return sum(self.block_bytes(group) for group in self.groups) // self.block_size
+
+    @property
+    def constant_sequence_bytes(self) -> int:
+        """Bytes of the windows and sinks of one long sequence between steps."""
+        return sum(
+            group.policy.steady_blocks(UNBOUNDED, self.block_size) * self.block_bytes(group)
+            for group in self.groups
+            if not group.policy.keeps_all
+        )
+
+    def sequence_blocks(self, num_tokens: int, num_new: int) -> tuple[int, ...]:
+        """Blocks of each group while the last `num_new` of `num_tokens` tokens are computed."""
+        return tuple(
+            group.policy.live_blocks(num_tokens - num_new, num_new, self.block_size)
+            for group in self.groups
+        )
+
+
+def plan_blocks(shape: CacheShape, budget_bytes: int, max_model_len: int) -> tuple[int, ...]:
+    """Share a budget among the groups.
+
+    Args:
+        shape: The cache's shape.
+        budget_bytes: Most bytes of all groups together.
+        max_model_len: Longest sequence in tokens; no group gets more blocks than all sequences of
+            this length could own.
+
+    Returns:
+        Number of blocks of each group.
+
+    Raises:
+        CapacityError: Not even one sequence of one block's length fits.
+    """
+    budget = budget_bytes - len(shape.groups) * 256  # regions are aligned
+    num_seqs = shape.max_num_seqs
+    while True:
+        blocks = _blocks_for(shape, budget, num_seqs, max_model_len)
+        if blocks is not None:
+            return blocks
+        if num_seqs == 1:
+            raise CapacityError(
+                f"{budget_bytes} bytes hold no sequence: its windows take "
+                f"{shape.constant_sequence_bytes} bytes and each token "
+                f"{shape.growing_token_bytes} more"
+            )
+        num_seqs //= 2
+
+
+def _blocks_for(
+    shape: CacheShape, budget: int, num_seqs: int, max_model_len: int
+) -> tuple[int, ...] | None:
+    """Blocks when windows are sized for `num_seqs` sequences; None if too little is left."""
+    longest = -(-max_model_len // shape.block_size)
+    step = min(shape.max_num_batched_tokens, num_seqs * max_model_len)
+    blocks: list[int] = []
+    for group in shape.groups:
+        bounded = num_seqs * group.policy.steady_blocks(max_model_len, shape.block_size)
+        # Each chunk of a step may begin and end inside a block.
+        bounded += -(-step // shape.block_size) + num_seqs
+        blocks.append(0 if group.policy.keeps_all else min(bounded, num_seqs * longest))
+    fixed = sum(
+        count * shape.block_bytes(group) for count, group in zip(blocks, shape.groups, strict=True)
+    )
+    growing = [group for group in shape.groups if group.policy.keeps_all]
+    if not growing:
+        return tuple(blocks) if fixed <= budget else None
+    rest = (budget - fixed) // sum(shape.block_bytes(group) for group in growing)
+    # Windows for many short sequences must not starve the context of long ones.
+    starved = fixed > budget // 2 and num_seqs > 1
+    if rest < 1 or starved:
+        return None
+    return tuple(
+        min(rest, shape.max_num_seqs * longest) if group.policy.keeps_all else count
+        for count, group in zip(blocks, shape.groups, strict=True)
+    )
+
+
+def longest_sequence(shape: CacheShape, num_blocks: Sequence[int], max_model_len: int) -> int:
+    """Most tokens, up to `max_model_len`, of a sequence that has the cache to itself."""
+    longest = max_model_len
+    for group, blocks in zip(shape.groups, num_blocks, strict=True):
+        if group.policy.keeps_all:
+            longest = min(longest, blocks * shape.block_size)
+    return longest
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What was sized, for people and metrics. Bytes and tokens.
+
+    Attributes:
+        shape: What was asked.
+        num_blocks: Blocks of each group.
+        arena_bytes: All pages.
+        max_sequence_tokens: Longest sequence that fits alone.
+        full_cache_tokens: Tokens that a cache that keeps everything would hold in as many bytes.
+    """
+
+    shape: CacheShape
+    num_blocks: tuple[int, ...]
+    arena_bytes: int
+    max_sequence_tokens: int
+
+    @property
+    def full_cache_tokens(self) -> int:
+        """Tokens in all that a full cache of the same bytes would hold."""
+        return self.arena_bytes // self.shape.full_token_bytes
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Tokens in all that the growing groups hold; None if no group grows."""
+        growing = [
+            blocks * self.shape.block_size
+            for blocks, group in zip(self.num_blocks, self.shape.groups, strict=True)
+            if group.policy.keeps_all
+        ]
+        return min(growing, default=None)
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """Bytes of one sequence of `num_tokens` tokens between steps."""
+        blocks = self.shape.sequence_blocks(num_tokens, 0)
+        return sum(
+            count * self.shape.block_bytes(group)
+            for count, group in zip(blocks, self.shape.groups, strict=True)
+        )
+
+    def full_sequence_bytes(self, num_tokens: int) -> int:
+        """Bytes of the same sequence if every head kept everything."""
+        blocks = RETRIEVAL.live_blocks(num_tokens, 0, self.shape.block_size)
+        return blocks * self.shape.block_size * self.shape.full_token_bytes
+
+
+def plan_memory(
+    shape: CacheShape, budget_bytes: int, max_model_len: int
+) -> tuple[MemoryPlan, ArenaLayout]:
+    """Size an arena and lay it out.
+
+    Args:
+        shape: The cache's shape.
+        budget_bytes: Most bytes of the arena.
+        max_model_len: Longest sequence in tokens.
+
+    Returns:
+        The plan and the arena's map.
+
+    Raises:
+        CapacityError: Not even one sequence fits.
+    """
+    num_blocks = plan_blocks(shape, budget_bytes, max_model_len)
+    layout = build_arena_layout(
+        members=tuple(group.members for group in shape.groups),
+        pages=tuple(shape.page for _ in shape.groups),
+        num_blocks=num_blocks,
+    )
+    plan = MemoryPlan(
+        shape=shape,
+        num_blocks=num_blocks,
+        arena_bytes=layout.total_bytes,
+        max_sequence_tokens=longest_sequence(shape, num_blocks, max_model_len),
+    )
+    return plan, layout

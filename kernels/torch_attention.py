@@ -1,0 +1,211 @@
+"""The CPU path: append and attend in plain PyTorch, batched and tiled.
+
+It reads K and V through the block tables, a tile at a time, so that a long context streams through
+the cache of the CPU once. The query group is folded into the rows of a matrix product; K and V are
+never expanded to the query heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from headlong.kernels.batch import AttentionBatch
+from headlong.kernels.layout import ArenaLayout, LayerHeads
+from headlong.kernels.torch_plan import DecodeBucket, GroupPlan, PrefillChunk, build_plan
+
+GATHER_TILE_BYTES = 1 << 20
+"""K or V gathered at a time in decode: it should stay in a core's second-level cache."""
+
+
+class TorchAttention:
+    """Append and attend over one arena. Tested against `kernels.reference`.
+
+    Args:
+        arena: uint8 [total_bytes], on the CPU.
+        layout: The arena's map.
+        num_q_heads: Query heads of a layer.
+    """
+
+    def __init__(self, arena: torch.Tensor, layout: ArenaLayout, num_q_heads: int) -> None:
+        self.layout = layout
+        self.num_q_heads = num_q_heads
+        self._pages = [layout.view_group(arena, group) for group in range(layout.num_groups)]
+        self._head_index = [
+            [torch.tensor(heads.kv_heads) for heads in layer] for layer in layout.layers
+        ]
+
+    def plan(self, batch: AttentionBatch) -> tuple[GroupPlan, ...]:
+        """Work out once a step what every layer needs."""
+        return build_plan(self.layout, batch, self.num_q_heads)
+
+    def append(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, plan: tuple[GroupPlan, ...]
+    ) -> None:
+        """Write the K and V of new tokens into their slots.
+
+        Args:
+            layer: Which layer's heads.
+            key: [num_kv_heads, total_tokens, head_dim], after RoPE.
+            value: [num_kv_heads, total_tokens, head_dim].
+            plan: The step's plan.
+        """
+        for heads, index in zip(self.layout.layers[layer], self._head_index[layer], strict=True):
+            pages = self._pages[heads.group]
+            block_size, head_dim = pages.shape[3:]
+            rows = pages.view(-1, head_dim)
+            page = torch.arange(heads.first_page, heads.first_page + len(heads.kv_heads))
+            slots = plan[heads.group].slots + page[:, None] * (2 * block_size)
+            everyone = len(heads.kv_heads) == key.shape[0]
+            for offset, new in ((0, key), (block_size, value)):
+                mine = new if everyone else new[index]
+                rows.index_copy_(0, (slots + offset).view(-1), mine.reshape(-1, head_dim))
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        plan: tuple[GroupPlan, ...],
+        *,
+        sm_scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the new tokens over the cache, which already holds their K and V.
+
+        Args:
+            layer: Which layer's heads.
+            query: [num_q_heads, total_tokens, head_dim], after RoPE.
+            plan: The step's plan.
+            sm_scale: Factor of the logits.
+            softcap: Bound of the logits.
+            sinks: [num_q_heads], learned sink logits.
+
+        Returns:
+            [total_tokens, num_q_heads, head_dim] in the query's dtype.
+        """
+        num_q_heads, num_tokens, head_dim = query.shape
+        layer_heads = self.layout.layers[layer]
+        num_kv_heads = sum(len(heads.kv_heads) for heads in layer_heads)
+        grouped = query.view(num_kv_heads, num_q_heads // num_kv_heads, num_tokens, head_dim)
+        out = query.new_empty(num_tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+        for heads, index in zip(layer_heads, self._head_index[layer], strict=True):
+            everyone = len(heads.kv_heads) == num_kv_heads
+            mine = grouped if everyone else grouped[index]
+            mine_sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1, 1)[index]
+            logits = _Logits(sm_scale, softcap, mine_sinks)
+            result = out if everyone else out.new_empty(num_tokens, *mine.shape[:2], head_dim)
+            for bucket in plan[heads.group].decodes:
+                result[bucket.rows] = self._decode(heads, mine, bucket, logits)
+            for chunk in plan[heads.group].prefills:
+                self._prefill(heads, mine, chunk, logits, result)
+            if not everyone:
+                out[:, index] = result
+        return out.view(num_tokens, num_q_heads, head_dim)
+
+    def _decode(
+        self, heads: LayerHeads, query: torch.Tensor, bucket: DecodeBucket, logits: "_Logits"
+    ) -> torch.Tensor:
+        """Attention of a bucket, [num_seqs, heads, group_size, head_dim]."""
+        num_heads, group_size, _, head_dim = query.shape
+        num_seqs, _, num_blocks = bucket.blocks.shape
+        pages = self._pages[heads.group]
+        block_size = pages.shape[3]
+        num_keys = num_blocks * block_size
+        # [num_seqs, heads, blocks]: each page's row in the region seen as whole Ks and Vs.
+        first = torch.arange(heads.first_page, heads.first_page + num_heads)
+        k_rows = (bucket.blocks * pages.shape[1] + first[:, None]) * 2
+        tile = GATHER_TILE_BYTES // (num_seqs * num_heads * block_size * head_dim * pages.itemsize)
+        tile = max(1, min(tile, num_blocks))
+
+        rows = query[:, :, bucket.rows].permute(2, 0, 1, 3).reshape(-1, group_size, head_dim)
+        scores = rows.new_empty(num_seqs * num_heads, group_size, num_keys)
+        for begin in range(0, num_blocks, tile):
+            keys = self._gather(heads.group, k_rows[..., begin : begin + tile])
+            span = slice(begin * block_size, (begin + tile) * block_size)
+            scores[..., span] = torch.bmm(rows, keys.transpose(1, 2))
+        shaped = scores.view(num_seqs, num_heads, group_size, 1, num_keys)
+        weights = logits.softmax(shaped, bucket.hidden, pages.dtype)
+        weights = weights.view(num_seqs * num_heads, group_size, num_keys)
+
+        out = rows.new_zeros(num_seqs * num_heads, group_size, head_dim)
+        for begin in range(0, num_blocks, tile):
+            values = self._gather(heads.group, k_rows[..., begin : begin + tile] + 1)
+            first_key = begin * block_size
+            _clear_hidden(values.view(num_seqs, num_heads, -1, head_dim), bucket, first_key)
+            out.baddbmm_(weights[..., first_key : first_key + values.shape[1]], values)
+        return out.view(num_seqs, num_heads, group_size, head_dim)
+
+    def _prefill(
+        self,
+        heads: LayerHeads,
+        query: torch.Tensor,
+        chunk: PrefillChunk,
+        logits: "_Logits",
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of a chunk, written into `out` [total_tokens, heads, group_size, head_dim]."""
+        num_heads, group_size, _, head_dim = query.shape
+        pages = self._pages[heads.group]
+        first = torch.arange(heads.first_page, heads.first_page + num_heads)
+        k_rows = (chunk.blocks * pages.shape[1] + first[:, None]) * 2
+        keys = self._gather(heads.group, k_rows)
+        values = self._gather(heads.group, k_rows + 1)
+        for tile in chunk.tiles:
+            seen = slice(tile.window_start, tile.window_end)
+            tile_keys, tile_values = keys[:, seen], values[:, seen]
+            if tile.sink_end:
+                tile_keys = torch.cat([keys[:, : tile.sink_end], tile_keys], dim=1)
+                tile_values = torch.cat([values[:, : tile.sink_end], tile_values], dim=1)
+            num_rows, num_keys = tile.end - tile.start, tile_keys.shape[1]
+            rows = query[:, :, tile.start : tile.end].reshape(num_heads, -1, head_dim)
+            scores = torch.bmm(rows, tile_keys.transpose(1, 2))
+            shaped = scores.view(num_heads, group_size, num_rows, num_keys)
+            weights = logits.softmax(shaped, tile.hidden, pages.dtype, tile.masked_from)
+            result = torch.bmm(weights.view(num_heads, -1, num_keys), tile_values)
+            result = result.view(num_heads, group_size, num_rows, head_dim)
+            out[tile.start : tile.end] = result.permute(2, 0, 1, 3)
+
+    def _gather(self, group: int, rows: torch.Tensor) -> torch.Tensor:
+        """K or V pages side by side: [..., blocks] indices give [-1, keys, head_dim]."""
+        pages = self._pages[group]
+        block_size, head_dim = pages.shape[3:]
+        flat = pages.view(-1, block_size * head_dim).index_select(0, rows.reshape(-1))
+        return flat.view(-1, rows.shape[-1] * block_size, head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """Scale, cap, mask and normalise, with learned sinks [heads, group_size, 1, 1] if there are."""
+
+    sm_scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def softmax(
+        self, scores: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype, masked_from: int = 0
+    ) -> torch.Tensor:
+        """Attention weights.
+
+        Args:
+            scores: [..., heads, group_size, num_rows, num_keys], q.k.
+            hidden: bool, broadcast over scores[..., masked_from:].
+            dtype: Of the result; the sum is taken in float32.
+            masked_from: First key that `hidden` speaks of.
+        """
+        scores = scores.float().mul_(self.sm_scale)
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores[..., masked_from:].masked_fill_(hidden, -math.inf)
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1).to(dtype)
+        sinks = self.sinks.float().expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1].to(dtype)
+
+
+def _clear_hidden(values: torch.Tensor, bucket: DecodeBucket, first_key: int) -> None:
+    """Zero what the law hides: a weight of 0 times what an unwritten slot may hold is not 0."""
+    last_key = first_key + values.shape[2]
+    mine = (bucket.hidden_key >= first_key) & (bucket.hidden_key < last_key)
+    seqs, keys = bucket.hidden_seq[mine], bucket.hidden_key[mine] - first_key
+    values[seqs, :, keys] = 0

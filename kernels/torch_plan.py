@@ -1,0 +1,222 @@
+"""What the CPU path works out once a step, so that no layer has to: which rows, keys and masks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from headlong.kernels.batch import AttentionBatch, GroupBatch
+from headlong.kernels.layout import ArenaLayout
+from headlong.kernels.reference import visible
+
+PREFILL_TILE_ROWS = 256
+"""Most query positions of one prefill tile: above this, causal skipping wastes too much."""
+
+PREFILL_WORKSPACE = 1 << 23
+"""Logits of one prefill tile, over all query heads: 32 MiB in float32."""
+
+PADDING_FACTOR = 1.25
+"""Decodes share a bucket while the longest table is at most this much longer than the shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """Decodes of similar length, padded to the longest.
+
+    Attributes:
+        rows: int64 [num_seqs], packed row of each query.
+        blocks: int64 [num_seqs, 1, max_blocks]; padding repeats block 0.
+        hidden: bool [num_seqs, 1, 1, 1, max_blocks * block_size], keys that the law hides.
+        hidden_seq: int64 [num_hidden], sequence of each hidden key.
+        hidden_key: int64 [num_hidden], its index among that sequence's keys.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    hidden: torch.Tensor
+    hidden_seq: torch.Tensor
+    hidden_key: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTile:
+    """Consecutive rows of a chunk and the keys that any of them sees.
+
+    The keys are entries [0, sink_end) and [window_start, window_end) of the gathered table.
+
+    Attributes:
+        start: First packed row.
+        end: One past the last packed row.
+        sink_end: End of the sink keys.
+        window_start: First window key.
+        window_end: One past the last key.
+        masked_from: Keys before this one (of the two parts joined) are seen by every row.
+        hidden: bool [rows, keys - masked_from], what the law hides of the rest.
+    """
+
+    start: int
+    end: int
+    sink_end: int
+    window_start: int
+    window_end: int
+    masked_from: int
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One sequence's chunk in one group: its whole table, gathered once, and the tiles over it.
+
+    Attributes:
+        blocks: int64 [num_blocks].
+        tiles: In order of rows; together they are the whole chunk.
+    """
+
+    blocks: torch.Tensor
+    tiles: tuple[PrefillTile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One head group's work.
+
+    Attributes:
+        slots: int64 [total_tokens], row of each new key in the group's region seen as
+            [num_blocks * group_pages * 2 * block_size, head_dim], for page 0 of the block.
+        decodes: Buckets of decodes.
+        prefills: Chunks of more than one token.
+    """
+
+    slots: torch.Tensor
+    decodes: tuple[DecodeBucket, ...]
+    prefills: tuple[PrefillChunk, ...]
+
+
+def build_plan(
+    layout: ArenaLayout, batch: AttentionBatch, num_q_heads: int
+) -> tuple[GroupPlan, ...]:
+    """Plan a step.
+
+    Args:
+        layout: The arena's map.
+        batch: The ragged batch.
+        num_q_heads: Bounds the workspace of a prefill tile.
+
+    Returns:
+        One plan a group.
+    """
+    bounds: list[int] = batch.cu_seqlens_q.tolist()
+    context_lens: list[int] = batch.context_lens.tolist()
+    decodes = [s for s in range(len(context_lens)) if bounds[s + 1] - bounds[s] == 1]
+    prefills = [s for s in range(len(context_lens)) if bounds[s + 1] - bounds[s] > 1]
+    plans: list[GroupPlan] = []
+    for group, tables in enumerate(batch.groups):
+        block_size = layout.pages[group].block_size
+        block, offset = tables.slot_mapping // block_size, tables.slot_mapping % block_size
+        slots = block * (layout.group_pages[group] * 2 * block_size) + offset
+        plans.append(
+            GroupPlan(
+                slots=slots,
+                decodes=tuple(
+                    _decode_bucket(batch, tables, bucket, block_size)
+                    for bucket in _buckets(decodes, tables.table_lens)
+                ),
+                prefills=tuple(
+                    _prefill_chunk(
+                        tables,
+                        seq,
+                        rows=(bounds[seq], bounds[seq + 1]),
+                        context_len=context_lens[seq],
+                        block_size=block_size,
+                        num_q_heads=num_q_heads,
+                    )
+                    for seq in prefills
+                ),
+            )
+        )
+    return tuple(plans)
+
+
+def _buckets(seqs: list[int], table_lens: torch.Tensor) -> list[list[int]]:
+    lens: list[int] = table_lens.tolist()
+    buckets: list[list[int]] = []
+    for seq in sorted(seqs, key=lambda s: lens[s]):
+        # Short tables cost less padded than a bucket of their own would.
+        if buckets and lens[seq] <= max(16, PADDING_FACTOR * lens[buckets[-1][0]]):
+            buckets[-1].append(seq)
+        else:
+            buckets.append([seq])
+    return buckets
+
+
+def _decode_bucket(
+    batch: AttentionBatch, tables: GroupBatch, seqs: list[int], block_size: int
+) -> DecodeBucket:
+    index = torch.tensor(seqs)
+    table_lens = tables.table_lens[index]
+    longest = int(table_lens.max())
+    query = batch.context_lens[index, None].long() - 1
+    keys = torch.arange(longest * block_size)[None, :]
+    positions = _positions(keys, tables, index[:, None], block_size)
+    law = (positions <= query) & (
+        (positions < tables.sink_sizes[index, None])
+        | (positions > query - tables.window_sizes[index, None])
+    )
+    hidden = ~(law & (keys < table_lens[:, None] * block_size))
+    hidden_seq, hidden_key = hidden.nonzero(as_tuple=True)
+    return DecodeBucket(
+        rows=batch.cu_seqlens_q[index].long(),
+        blocks=tables.block_tables[index, None, :longest].long(),
+        hidden=hidden[:, None, None, None, :],
+        hidden_seq=hidden_seq,
+        hidden_key=hidden_key,
+    )
+
+
+def _prefill_chunk(
+    tables: GroupBatch,
+    seq: int,
+    *,
+    rows: tuple[int, int],
+    context_len: int,
+    block_size: int,
+    num_q_heads: int,
+) -> PrefillChunk:
+    num_blocks = int(tables.table_lens[seq])
+    sink_size, window_size = int(tables.sink_sizes[seq]), int(tables.window_sizes[seq])
+    # Keys between the sink blocks and the window blocks are gone: later ones move up.
+    shift = int(tables.window_starts[seq] - tables.sink_blocks[seq]) * block_size
+    sink_keys = int(tables.sink_blocks[seq]) * block_size
+    first = context_len - (rows[1] - rows[0])
+    tile_rows = max(16, min(PREFILL_TILE_ROWS, PREFILL_WORKSPACE // (num_q_heads * context_len)))
+    tiles: list[PrefillTile] = []
+    for start in range(first, context_len, tile_rows):
+        end = min(start + tile_rows, context_len)
+        window_start = max(0, start - window_size + 1)
+        sink_end = min(sink_size, end)
+        if window_start <= sink_end:
+            window_start = sink_end = min(window_start, sink_end)
+        keys = torch.cat([torch.arange(sink_end), torch.arange(window_start, end)])
+        # Only the diagonal needs a mask where no key has left the window yet.
+        masked_from = len(keys) - (end - start) if end - window_size < 1 else 0
+        law = visible(torch.arange(start, end), keys[masked_from:], sink_size, window_size)
+        tiles.append(
+            PrefillTile(
+                start=rows[0] + start - first,
+                end=rows[0] + end - first,
+                sink_end=sink_end,
+                window_start=window_start - (shift if window_start >= sink_keys else 0),
+                window_end=end - (shift if end > sink_keys else 0),
+                masked_from=masked_from,
+                hidden=~law,
+            )
+        )
+    return PrefillChunk(tables.block_tables[seq, :num_blocks].long(), tuple(tiles))
+
+
+def _positions(
+    keys: torch.Tensor, tables: GroupBatch, seqs: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Position of each key of gathered tables: `keys` index the table's tokens in order."""
+    sink_keys = tables.sink_blocks[seqs] * block_size
+    shift = (tables.window_starts[seqs] - tables.sink_blocks[seqs]) * block_size
+    return torch.where(keys < sink_keys, keys, keys + shift)

@@ -1,0 +1,65 @@
+"""What the engine tells the operator at start."""
+
+from typing import TYPE_CHECKING
+
+from headlong.cache.capacity import MemoryPlan
+from headlong.profiling.head_map import head_map_lines, head_summary
+
+if TYPE_CHECKING:
+    from headlong.server.engine.engine import Engine
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def describe(engine: "Engine") -> list[str]:
+    """Head map, one line a layer; memory plan by group; what a full cache would need."""
+    geometry = engine.model.geometry
+    keeps_all = {
+        head for group in engine.groups if group.policy.keeps_all for head in group.members
+    }
+    labels = [
+        [(layer, head) in keeps_all for head in range(geometry.num_kv_heads)]
+        for layer in range(geometry.num_layers)
+    ]
+    return [
+        f"head map: {head_summary(labels)}",
+        *(f"  {line}" for line in head_map_lines(labels)),
+        *_memory_lines(engine.plan, engine.max_model_len),
+    ]
+
+
+def _memory_lines(plan: MemoryPlan, max_model_len: int) -> list[str]:
+    shape = plan.shape
+    lines = [f"memory plan: {format_bytes(plan.arena_bytes)} of KV cache, all allocated"]
+    for group, blocks in zip(shape.groups, plan.num_blocks, strict=True):
+        policy = group.policy
+        token_bytes = shape.block_bytes(group) // shape.block_size
+        keeps = (
+            "every token"
+            if policy.keeps_all
+            else f"sink {policy.sink_size} + window {policy.window_size} tokens"
+        )
+        lines.append(
+            f"  {group.name:<10} {len(group.members):>5} heads  {keeps:<34} "
+            f"{token_bytes:>8} B/token  {blocks:>8} blocks of {shape.block_size}  "
+            f"{format_bytes(blocks * shape.block_bytes(group)):>10}"
+        )
+    own, full = plan.sequence_bytes(max_model_len), plan.full_sequence_bytes(max_model_len)
+    held = "any number of" if plan.cache_tokens is None else f"{plan.cache_tokens}"
+    return [
+        *lines,
+        f"  holds {held} tokens of context in all, {max_model_len} in one sequence",
+        f"  one sequence of {max_model_len} tokens takes {format_bytes(own)}; "
+        f"a full cache would need {format_bytes(full)} ({full / own:.2f} times as much) "
+        f"and hold {plan.full_cache_tokens} tokens in all",
+    ]
+
+
+def format_bytes(count: int) -> str:
+    """A byte count for people: "1.50 GiB"."""
+    value = float(count)
+    for unit in _UNITS[:-1]:
+        if value < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} {_UNITS[-1]}"

@@ -1,0 +1,198 @@
+"""The engine: a model, its cache and its scheduler, advanced one step at a time."""
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from headlong.cache.arena import Arena
+from headlong.cache.capacity import MemoryPlan
+from headlong.cache.groups import HeadGroup
+from headlong.cache.kv_cache import KVCache
+from headlong.kernels.layout import ArenaLayout
+from headlong.kernels.torch_attention import TorchAttention
+from headlong.server.engine.attention import PagedStep
+from headlong.server.engine.batch import build_attention_batch, packed_positions
+from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.head_plan import plan_heads
+from headlong.server.engine.memory import plan_arena
+from headlong.server.engine.model import load_model
+from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
+from headlong.server.engine.sampler import SampledToken, sample
+from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
+from headlong.server.engine.sequence import Sequence
+from headlong.server.errors import ContextLengthError, InvalidRequestError
+
+
+class Engine:
+    """Runs requests over a head-aware KV cache. Not thread-safe: one thread drives it.
+
+    Args:
+        config: What to load and how.
+
+    Attributes:
+        model: The loaded model.
+        groups: Its head groups.
+        plan: What was sized.
+        max_model_len: Most tokens of prompt and completion of a request.
+        cache: Owner of all blocks.
+        scheduler: Who runs next.
+
+    Raises:
+        ConfigError: The checkpoint, the profile or the memory do not allow a start.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.model = load_model(config)
+        self.groups: tuple[HeadGroup, ...] = plan_heads(config, self.model)
+        self.plan: MemoryPlan
+        layout: ArenaLayout
+        self.plan, layout = plan_arena(config, self.model, self.groups)
+        self.max_model_len = self.plan.max_sequence_tokens
+        self.cache = KVCache(self.groups, layout)
+        self.arena = Arena(layout, self.model.device)
+        self._attention = TorchAttention(self.arena.memory, layout, self.model.geometry.num_q_heads)
+        self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
+        self._sequences: dict[str, Sequence] = {}
+        self._num_requests = 0
+        self._token_texts: dict[int, str] = {}
+        self._warm_up()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Many[int], params: SamplingParams
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: Unlike that of any request in progress.
+            prompt_token_ids: The prompt.
+            params: How to sample and when to stop.
+
+        Raises:
+            InvalidRequestError: The prompt is empty, or a token id is not in the vocabulary.
+            ContextLengthError: The prompt leaves no room for a token.
+        """
+        if request_id in self._sequences:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
+        if not prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty", "prompt")
+        vocab_size = self.model.vocab_size
+        named = (*prompt_token_ids, *params.logit_bias, *params.stop_token_ids)
+        for token in named:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(f"token id {token} is not in 0 to {vocab_size - 1}")
+        if len(prompt_token_ids) >= self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt_token_ids)} tokens; the longest context is "
+                f"{self.max_model_len} tokens, prompt and completion together",
+                "prompt",
+            )
+        sequence = Sequence(
+            request_id,
+            prompt_token_ids,
+            params,
+            self.tokenizer,
+            seed=self.config.seed + self._num_requests,
+            device=self.model.device,
+        )
+        self._num_requests += 1
+        self._sequences[request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks; one that is not known is no error."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one batch.
+
+        Returns:
+            What it added to the requests that got a token; empty without work.
+        """
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        ready = [chunk for chunk in chunks if chunk.num_tokens == chunk.sequence.num_pending_tokens]
+        logits = self._forward(chunks, ready)
+        self.scheduler.advance(chunks)
+        sequences = [chunk.sequence for chunk in ready]
+        tokens = sample(logits, sequences, self.model.eos_token_ids) if sequences else []
+        return [
+            self._extend(sequence, token) for sequence, token in zip(sequences, tokens, strict=True)
+        ]
+
+    def _forward(self, chunks: list[ScheduledChunk], ready: list[ScheduledChunk]) -> torch.Tensor:
+        """Logits of the last token of each ready chunk, [len(ready), vocab_size]."""
+        device = self.model.device
+        counts = np.array([chunk.num_tokens for chunk in chunks])
+        starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks])
+        tokens: list[int] = []
+        for chunk, start in zip(chunks, starts.tolist(), strict=True):
+            tokens += chunk.sequence.token_ids[start : start + chunk.num_tokens]
+        wanted = {id(chunk) for chunk in ready}
+        last_rows = np.cumsum(counts) - 1
+        rows = [row for row, chunk in zip(last_rows, chunks, strict=True) if id(chunk) in wanted]
+        batch = build_attention_batch([chunk.cache for chunk in chunks], counts.tolist(), device)
+        return self.model.forward(
+            torch.tensor(tokens, device=device),
+            torch.from_numpy(packed_positions(starts + counts, counts)).to(device),
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            PagedStep(self._attention, self._attention.plan(batch)),
+        )
+
+    def _extend(self, sequence: Sequence, token: SampledToken) -> RequestOutput:
+        text = sequence.append(token.token_id, self.model.eos_token_ids, self.max_model_len)
+        if sequence.finished:
+            del self._sequences[sequence.request_id]
+            self.scheduler.remove(sequence)
+        return RequestOutput(
+            request_id=sequence.request_id,
+            text=text,
+            token_ids=(token.token_id,),
+            logprobs=None if token.logprob is None else (self._logprobs(token),),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=0,
+            num_completion_tokens=sequence.num_output_tokens,
+        )
+
+    def _logprobs(self, token: SampledToken) -> PositionLogprobs:
+        def named(token_id: int, logprob: float) -> TokenLogprob:
+            return TokenLogprob(token_id, self._token_text(token_id), logprob)
+
+        assert token.logprob is not None
+        return PositionLogprobs(
+            chosen=named(token.token_id, token.logprob),
+            top=tuple(named(*each) for each in token.top),
+        )
+
+    def _token_text(self, token_id: int) -> str:
+        if token_id not in self._token_texts:
+            text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+            assert isinstance(text, str)
+            self._token_texts[token_id] = text
+        return self._token_texts[token_id]
+
+    def _warm_up(self) -> None:
+        """Run the largest step once, so that memory peaks at start and not while serving."""
+        prompt_len = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        self.add_request("warm-up", [0] * prompt_len, params)
+        while self.has_work:
+            self.step()

@@ -1,0 +1,41 @@
+"""From a model and a head profile to head groups."""
+
+from pathlib import Path
+
+from headlong.cache.groups import HeadGroup, build_head_groups
+from headlong.cache.policy import RETRIEVAL, HeadPolicy
+from headlong.profiling.head_profile import HeadProfile
+from headlong.profiling.model_identity import ModelIdentity
+from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.model import LoadedModel
+from headlong.server.errors import ConfigError
+
+
+def plan_heads(config: EngineConfig, model: LoadedModel) -> tuple[HeadGroup, ...]:
+    """Label every KV head and group them.
+
+    Args:
+        config: Names the profile and what overrides it.
+        model: The loaded model.
+
+    Returns:
+        The head groups.
+
+    Raises:
+        ConfigError: The profile cannot be read or is another model's.
+    """
+    geometry = model.geometry
+    if config.profile is None:
+        labels = [[True] * geometry.num_kv_heads for _ in range(geometry.num_layers)]
+        return build_head_groups(labels, RETRIEVAL, geometry.native_windows)
+    try:
+        profile = HeadProfile.load(Path(config.profile))
+        profile.check_model(ModelIdentity.from_config(model.config))
+        profile_labels = profile.labels(sparsity=config.sparsity, threshold=config.threshold)
+        streaming = HeadPolicy(
+            sink_size=profile.sink_size if config.sink_size is None else config.sink_size,
+            window_size=profile.window_size if config.window_size is None else config.window_size,
+        )
+    except ValueError as error:
+        raise ConfigError(f"profile {config.profile!r}: {error}", "profile") from error
+    return build_head_groups(profile_labels, streaming, geometry.native_windows)

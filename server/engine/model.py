@@ -1,0 +1,273 @@
+"""A transformers checkpoint, loaded, probed for what it needs, and run over a packed batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from headlong.server.engine.attention import (
+    ATTENTION_NAME,
+    AttentionCall,
+    AttentionProbe,
+    PagedStep,
+)
+from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.errors import ConfigError
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """What the cache needs to know of a model.
+
+    Attributes:
+        num_layers: Attention layers.
+        num_q_heads: Query heads of a layer.
+        num_kv_heads: KV heads of a layer.
+        head_dim: Elements of a key.
+        native_windows: [num_layers], a layer's own sliding window in tokens, or None.
+    """
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    native_windows: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to serve.
+
+    Attributes:
+        module: The transformers model, its attention being ours.
+        config: Its text configuration.
+        tokenizer: Its tokenizer.
+        geometry: What the cache needs to know.
+        max_context: Longest sequence the model was made for.
+        eos_token_ids: Tokens that end a completion.
+        default_sampling: What its generation_config asks for, by SamplingParams field.
+        device: Where it is.
+        dtype: Of weights and cache.
+    """
+
+    module: nn.Module
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    geometry: ModelGeometry
+    max_context: int
+    eos_token_ids: frozenset[int]
+    default_sampling: Mapping[str, float | int]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return int(self.config.vocab_size)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        paged: PagedStep | AttentionProbe,
+    ) -> torch.Tensor:
+        """Run a packed batch.
+
+        Args:
+            input_ids: int64 [total_tokens].
+            positions: int64 [total_tokens], of each token in its own sequence.
+            rows: int64 [num_rows], tokens whose logits are wanted.
+            paged: The step's attention.
+
+        Returns:
+            float32 [num_rows, vocab_size].
+        """
+        output = self.module(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=rows,
+            paged=paged,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load a checkpoint and check that the engine can run it.
+
+    Args:
+        config: Which one, and how.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: The checkpoint is missing, truncated or incomplete, or the model needs a
+            feature that is not supported, which the message names.
+    """
+    device = _choose_device(config.device)
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": config.model,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    try:
+        full_config = AutoConfig.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        dtype = _choose_dtype(config.dtype, full_config, device)
+        # Eager until probed: transformers checks a name against what a class says it supports.
+        module, info = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise ConfigError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
+    missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
+    if missing:
+        raise ConfigError(
+            f"checkpoint {config.model!r} lacks {len(missing)} weights, the first is {missing[0]!r}"
+        )
+    module.set_attn_implementation(ATTENTION_NAME)
+    module.eval().requires_grad_(False).to(device)
+    text_config = module.config.get_text_config()
+    generation = module.generation_config
+    return LoadedModel(
+        module=module,
+        config=text_config,
+        tokenizer=tokenizer,
+        geometry=_probe(module, device),
+        max_context=_max_context(text_config),
+        eos_token_ids=_eos_token_ids(generation, text_config, tokenizer),
+        default_sampling=_default_sampling(generation),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _probe(module: nn.Module, device: torch.device) -> ModelGeometry:
+    """Run two tokens and see what each layer asks of attention."""
+    probe = AttentionProbe()
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.inference_mode():
+        module(
+            input_ids=tokens,
+            position_ids=torch.arange(2, device=device)[None],
+            use_cache=False,
+            logits_to_keep=torch.tensor([1], device=device),
+            paged=probe,
+        )
+    calls = [probe.calls[layer] for layer in sorted(probe.calls)]
+    config = module.config.get_text_config()  # type: ignore[union-attr, operator]
+    if sorted(probe.calls) != list(range(config.num_hidden_layers)):
+        raise ConfigError(
+            f"{len(calls)} of {config.num_hidden_layers} layers use ordinary attention; "
+            "linear, recurrent or shared layers are not supported"
+        )
+    shapes = {(call.num_q_heads, call.num_kv_heads, call.head_dim) for call in calls}
+    if len(shapes) > 1:
+        raise ConfigError(f"layers differ in heads or head size, not supported: {sorted(shapes)}")
+    first: AttentionCall = calls[0]
+    return ModelGeometry(
+        num_layers=len(calls),
+        num_q_heads=first.num_q_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        native_windows=tuple(call.window for call in calls),
+    )
+
+
+def _max_context(config: PretrainedConfig) -> int:
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise ConfigError("the model does not say how many positions it was made for")
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "dynamic":
+            # Its frequencies follow the longest sequence of a batch, so batch mates would differ.
+            raise ConfigError("dynamic RoPE scaling is not supported")
+        if kind == "longrope":
+            # Beyond the original length transformers changes the frequencies of all positions,
+            # those already cached too; up to it they are fixed.
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            limit = min(limit, original or limit)
+    return limit
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """RoPE settings, whether one set for the model or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _eos_token_ids(
+    generation: GenerationConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    found: set[int] = set()
+    for ids in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
+        if isinstance(ids, int):
+            found.add(ids)
+        elif ids is not None:
+            found.update(ids)
+    return frozenset(found)
+
+
+def _default_sampling(generation: GenerationConfig) -> dict[str, float | int]:
+    asked = {name: getattr(generation, name, None) for name in SAMPLING_DEFAULTS}
+    defaults = {name: value for name, value in asked.items() if value is not None}
+    if generation.do_sample is False:
+        # A model that says it is to be decoded greedily, whatever else its file holds.
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r}: {_first_line(error)}", "device") from error
+    if device.type != "cpu":
+        raise ConfigError(f"device {name!r} is not supported: this build runs on cpu", "device")
+    return device
+
+
+def _choose_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        # Most CPUs compute fastest in float32, and checkpoints in float16 lose nothing by it.
+        own = config.get_text_config().dtype
+        return torch.float32 if device.type == "cpu" or own is None else own
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is named by a folder of this machine."""
+    return Path(model).is_dir()

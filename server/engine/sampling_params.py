@@ -1,0 +1,112 @@
+"""What a request may ask of the sampler and of the end of its text."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from headlong.server.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request, checked when made.
+
+    Attributes:
+        max_tokens: Most tokens to generate.
+        temperature: 0 is greedy.
+        top_p: Keep the smallest set of tokens whose probability reaches this.
+        top_k: Keep this many tokens; 0 keeps all.
+        min_p: Keep tokens at least this probable relative to the most probable one.
+        seed: Makes sampling repeatable.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in the
+            prompt or the completion (CTRL, arXiv 1909.05858, section 4.1).
+        presence_penalty: Subtracted once from the logits of tokens seen in the completion.
+        frequency_penalty: Subtracted per occurrence in the completion.
+        logit_bias: Added to the logits of these token ids.
+        stop: Strings that end the completion.
+        stop_token_ids: Token ids that end the completion, beside the model's own.
+        include_stop_str_in_output: Keep the stop string in the text.
+        ignore_eos: Go on after the model's end-of-sequence tokens.
+        min_tokens: No end-of-sequence or stop token before this many tokens.
+        skip_special_tokens: Leave special tokens out of the text.
+        logprobs: Number of most probable alternatives to report for each token; 0 reports only
+            the chosen one, None reports nothing.
+
+    Raises:
+        InvalidRequestError: A value is out of range, NaN or infinite; `param` names it.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _check(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            "in 0 to max_tokens",
+        )
+        _check(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "in 0 to 100")
+        _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "over 0 and at most 1")
+        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "in 0 to 1")
+        penalty = self.repetition_penalty
+        _check(0.0 < penalty <= 100.0, "repetition_penalty", penalty, "over 0 and at most 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "in -2 to 2")
+        seed_fits = self.seed is None or -(2**63) <= self.seed < 2**64
+        _check(seed_fits, "seed", self.seed, "a 64-bit integer")
+        count = len(self.logit_bias)
+        _check(
+            count <= MAX_LOGIT_BIAS, "logit_bias", f"{count} entries", f"{MAX_LOGIT_BIAS} or fewer"
+        )
+        for bias in self.logit_bias.values():
+            _check(-100.0 <= bias <= 100.0, "logit_bias", bias, "in -100 to 100")
+        _check(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stop",
+            f"{len(self.stop)} strings",
+            f"{MAX_STOP_STRINGS} or fewer",
+        )
+        _check(all(self.stop), "stop", "an empty string", "non-empty")
+        asked = self.logprobs
+        _check(
+            asked is None or 0 <= asked <= MAX_LOGPROBS,
+            "logprobs",
+            asked,
+            f"in 0 to {MAX_LOGPROBS}",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0.0
+
+
+def _check(holds: bool, param: str, value: object, want: str) -> None:
+    # NaN fails every comparison above, so it arrives here as out of range.
+    if isinstance(value, float) and not math.isfinite(value):
+        holds = False
+    if not holds:
+        raise InvalidRequestError(f"{param} must be {want}, got {value}", param=param)
