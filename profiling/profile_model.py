@@ -1,0 +1,164 @@
+"""From a checkpoint to its head profile."""
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from pydantic import JsonValue, ValidationError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from headlong.profiling.errors import ProfilingError, describe_fault
+from headlong.profiling.head_profile import HeadProfile
+from headlong.profiling.model_identity import ModelIdentity
+from headlong.profiling.progress import Progress, no_progress
+from headlong.profiling.retrieval_head import RetrievalHeadScorer
+from headlong.profiling.scorer import HeadScorer, Measurement, build_profile
+
+SCORERS: Mapping[str, type[HeadScorer]] = {scorer.name: scorer for scorer in (RetrievalHeadScorer,)}
+"""The methods by name."""
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+
+
+def make_scorer(method: str, settings: Mapping[str, JsonValue]) -> HeadScorer:
+    """Makes the scorer of a method.
+
+    Args:
+        method: One of `SCORERS`.
+        settings: Of the method; what is left out keeps its default.
+
+    Raises:
+        ProfilingError: If there is no such method or setting, or a value is out of range.
+    """
+    if method not in SCORERS:
+        raise ProfilingError(f"method must be one of {', '.join(SCORERS)}, got {method!r}")
+    try:
+        return SCORERS[method].model_validate(dict(settings))
+    except ValidationError as error:
+        raise ProfilingError(f"{method}: {describe_fault(error)}") from error
+
+
+def run_profiler(
+    model_path: str,
+    scorer: HeadScorer,
+    *,
+    sink_size: int,
+    window_size: int,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    note: str = "",
+    created_at: str = "",
+    progress: Progress = no_progress,
+) -> HeadProfile:
+    """Loads a checkpoint, scores its heads and makes the profile.
+
+    All arguments are checked before the weights are loaded.
+
+    Args:
+        model_path: A folder, or a name on the Hugging Face Hub.
+        scorer: The method, from `make_scorer`.
+        sink_size: First tokens that a streaming head keeps.
+        window_size: Recent tokens that a streaming head keeps.
+        sparsity: The profile's default labelling; exactly one of it and ``threshold``.
+        threshold: The profile's default labelling.
+        dtype: Of the weights; ``"auto"`` is the checkpoint's.
+        device: A PyTorch device; ``"auto"`` is CUDA where there is one, else the CPU.
+        trust_remote_code: Whether code that the checkpoint brings may run.
+        note: Free text for the profile's provenance.
+        created_at: When, as it is to be stated; empty leaves it out, and then equal inputs give
+            equal profiles.
+        progress: Is told how far the work is.
+
+    Raises:
+        ProfilingError: If the checkpoint cannot be loaded, an argument is out of range, the model
+            cannot be measured, or the measurement gave no scores.
+    """
+    on_device = _device(device)
+    config = _load_config(model_path, trust_remote_code)
+    identity = ModelIdentity.from_config(config)
+
+    def profile_of(measured: Measurement) -> HeadProfile:
+        return build_profile(
+            scorer,
+            measured,
+            identity,
+            sink_size=sink_size,
+            window_size=window_size,
+            sparsity=sparsity,
+            threshold=threshold,
+            note=note,
+            created_at=created_at,
+        )
+
+    unmeasured = ((0.0,) * identity.num_kv_heads,) * identity.num_layers
+    try:
+        profile_of(Measurement(unmeasured))
+    except ValidationError as error:
+        raise ProfilingError(describe_fault(error)) from error
+    tokenizer = _load_tokenizer(model_path, trust_remote_code)
+    model = _load_model(model_path, dtype, on_device, trust_remote_code)
+    return profile_of(scorer.score(model, tokenizer, progress))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ProfilingError(f"device {name!r} is not one that PyTorch knows") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ProfilingError(f"device is {name!r}, but PyTorch finds no CUDA device")
+    return device
+
+
+def _load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _loading_failed(model_path, "config", error) from error
+
+
+def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _loading_failed(model_path, "tokenizer", error) from error
+
+
+def _load_model(
+    model_path: str, dtype: Dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    try:
+        loaded: object = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        model, loading = cast("tuple[torch.nn.Module, dict[str, set[str]]]", loaded)
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            # transformers fills them with random numbers, whose heads are not the model's.
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        return cast(PreTrainedModel, model.to(device))
+    except (*_LOADING_ERRORS, RuntimeError) as error:
+        raise _loading_failed(model_path, "model", error) from error
+
+
+def _loading_failed(model_path: str, part: str, error: Exception) -> ProfilingError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return ProfilingError(f"{model_path}: the {part} cannot be loaded: {reason}")
