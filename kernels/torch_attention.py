@@ -1,14 +1,16 @@
 """The CPU path: append and attend in plain PyTorch, batched and tiled.
 
 It reads K and V through the block tables, a tile at a time, so that a long context streams through
-the cache of the CPU once. The query group is folded into the rows of a matrix product; K and V are
-never expanded to the query heads.
+the cache of the CPU once. In decode the query group is folded into the rows of a matrix product; in
+prefill it is an axis that K and V are broadcast over, as views. Neither is ever copied to the query
+heads.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from headlong.kernels.batch import AttentionBatch
 from headlong.kernels.layout import ArenaLayout, LayerHeads
@@ -157,13 +159,22 @@ class TorchAttention:
             if tile.sink_end:
                 tile_keys = torch.cat([keys[:, : tile.sink_end], tile_keys], dim=1)
                 tile_values = torch.cat([values[:, : tile.sink_end], tile_values], dim=1)
-            num_rows, num_keys = tile.end - tile.start, tile_keys.shape[1]
-            rows = query[:, :, tile.start : tile.end].reshape(num_heads, -1, head_dim)
-            scores = torch.bmm(rows, tile_keys.transpose(1, 2))
-            shaped = scores.view(num_heads, group_size, num_rows, num_keys)
-            weights = logits.softmax(shaped, tile.hidden, pages.dtype, tile.masked_from)
-            result = torch.bmm(weights.view(num_heads, -1, num_keys), tile_values)
-            result = result.view(num_heads, group_size, num_rows, head_dim)
+            rows = query[:, :, tile.start : tile.end]
+            mask = torch.ones(rows.shape[2], tile_keys.shape[1], dtype=torch.bool)
+            mask[:, tile.masked_from :] = tile.seen
+            if logits.plain:
+                shape = (num_heads, group_size, -1, head_dim)
+                result = scaled_dot_product_attention(
+                    rows,
+                    tile_keys[:, None].expand(shape),
+                    tile_values[:, None].expand(shape),
+                    attn_mask=mask,
+                    scale=logits.sm_scale,
+                )
+            else:
+                scores = torch.matmul(rows, tile_keys[:, None].transpose(2, 3))
+                weights = logits.softmax(scores, ~mask, pages.dtype)
+                result = torch.matmul(weights, tile_values[:, None])
             out[tile.start : tile.end] = result.permute(2, 0, 1, 3)
 
     def _gather(self, group: int, rows: torch.Tensor) -> torch.Tensor:
@@ -182,21 +193,25 @@ class _Logits:
     softcap: float | None
     sinks: torch.Tensor | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether PyTorch's own attention computes them."""
+        return self.softcap is None and self.sinks is None
+
     def softmax(
-        self, scores: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype, masked_from: int = 0
+        self, scores: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Attention weights.
 
         Args:
             scores: [..., heads, group_size, num_rows, num_keys], q.k.
-            hidden: bool, broadcast over scores[..., masked_from:].
+            hidden: bool, broadcast over the scores.
             dtype: Of the result; the sum is taken in float32.
-            masked_from: First key that `hidden` speaks of.
         """
         scores = scores.float().mul_(self.sm_scale)
         if self.softcap is not None:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        scores[..., masked_from:].masked_fill_(hidden, -math.inf)
+        scores.masked_fill_(hidden, -math.inf)
         if self.sinks is None:
             return torch.softmax(scores, dim=-1).to(dtype)
         sinks = self.sinks.float().expand(*scores.shape[:-1], 1)

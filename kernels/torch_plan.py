@@ -8,11 +8,11 @@ from headlong.kernels.batch import AttentionBatch, GroupBatch
 from headlong.kernels.layout import ArenaLayout
 from headlong.kernels.reference import visible
 
-PREFILL_TILE_ROWS = 256
+PREFILL_TILE_ROWS = 128
 """Most query positions of one prefill tile: above this, causal skipping wastes too much."""
 
-PREFILL_WORKSPACE = 1 << 23
-"""Logits of one prefill tile, over all query heads: 32 MiB in float32."""
+PREFILL_WORKSPACE = 1 << 25
+"""Most logits of one prefill tile, over all query heads, where they have to be written out."""
 
 PADDING_FACTOR = 1.25
 """Decodes share a bucket while the longest table is at most this much longer than the shortest."""
@@ -50,7 +50,7 @@ class PrefillTile:
         window_start: First window key.
         window_end: One past the last key.
         masked_from: Keys before this one (of the two parts joined) are seen by every row.
-        hidden: bool [rows, keys - masked_from], what the law hides of the rest.
+        seen: bool [rows, keys - masked_from], what the law shows of the rest.
     """
 
     start: int
@@ -59,7 +59,7 @@ class PrefillTile:
     window_start: int
     window_end: int
     masked_from: int
-    hidden: torch.Tensor
+    seen: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def _prefill_chunk(
                 window_start=window_start - (shift if window_start >= sink_keys else 0),
                 window_end=end - (shift if end > sink_keys else 0),
                 masked_from=masked_from,
-                hidden=~law,
+                seen=law,
             )
         )
     return PrefillChunk(tables.block_tables[seq, :num_blocks].long(), tuple(tiles))

@@ -118,6 +118,7 @@ class Engine:
         if sequence is not None:
             self.scheduler.remove(sequence)
 
+    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Run one batch.
 

@@ -6,7 +6,6 @@ from typing import Literal
 from headlong.server.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-AttentionBackendName = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +19,10 @@ class EngineConfig:
         threshold: Overrides the profile's own least score of a retrieval head.
         sink_size: Overrides the profile's number of sink tokens.
         window_size: Overrides the profile's recent window, in tokens.
-        dtype: Of weights and cache; "auto" is the checkpoint's, but float32 on a CPU.
-        device: "auto" is CUDA when there is one.
-        attention_backend: "auto" is PyTorch.
+        dtype: Of weights and cache; "auto" is float32, which most CPUs compute fastest.
+        device: "auto" or "cpu".
         block_size: Tokens of a cache page.
-        kv_cache_memory_bytes: Size of the arena; None is chosen from the device.
-        gpu_memory_utilization: Share of a GPU's memory for weights, activations and arena.
+        kv_cache_memory_bytes: Size of the arena; None is 1 GiB.
         max_model_len: Most tokens of prompt and completion; None is the model's own limit.
         max_num_seqs: Most sequences that run at once.
         max_num_batched_tokens: Most tokens of one step.
@@ -45,10 +42,8 @@ class EngineConfig:
     window_size: int | None = None
     dtype: DType = "auto"
     device: str = "auto"
-    attention_backend: AttentionBackendName = "auto"
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -70,9 +65,6 @@ class EngineConfig:
         check(not both, "threshold", "left out when sparsity is given")
         check(self.sink_size is None or self.sink_size >= 0, "sink_size", "0 or more")
         check(self.window_size is None or self.window_size >= 1, "window_size", "at least 1")
-        check(
-            0.0 < self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "over 0, at most 1"
-        )
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(self.max_num_seqs >= 1, "max_num_seqs", "at least 1")
         # Every running sequence must be able to decode in every step.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from headlong.cache.groups import HeadGroup, build_head_groups
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
-from headlong.profiling.head_profile import HeadProfile
+from headlong.profiling.formats import load_head_profile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.model import LoadedModel
@@ -29,7 +29,7 @@ def plan_heads(config: EngineConfig, model: LoadedModel) -> tuple[HeadGroup, ...
         labels = [[True] * geometry.num_kv_heads for _ in range(geometry.num_layers)]
         return build_head_groups(labels, RETRIEVAL, geometry.native_windows)
     try:
-        profile = HeadProfile.load(Path(config.profile))
+        profile = load_head_profile(Path(config.profile))
         profile.check_model(ModelIdentity.from_config(model.config))
         profile_labels = profile.labels(sparsity=config.sparsity, threshold=config.threshold)
         streaming = HeadPolicy(

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -78,7 +76,6 @@ class LoadedModel:
         """Number of logits."""
         return int(self.config.vocab_size)
 
-    @torch.inference_mode()
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -128,9 +125,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         "trust_remote_code": config.trust_remote_code,
     }
     try:
-        full_config = AutoConfig.from_pretrained(**source)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        dtype = _choose_dtype(config.dtype, full_config, device)
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         # Eager until probed: transformers checks a name against what a class says it supports.
         module, info = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, attn_implementation="eager", output_loading_info=True
@@ -240,8 +236,7 @@ def _default_sampling(generation: GenerationConfig) -> dict[str, float | int]:
 
 
 def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = "cpu" if name == "auto" else name
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -251,23 +246,6 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        # Most CPUs compute fastest in float32, and checkpoints in float16 lose nothing by it.
-        own = config.get_text_config().dtype
-        return torch.float32 if device.type == "cpu" or own is None else own
-    return {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[name]
-
-
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def is_local(model: str) -> bool:
-    """Whether a model is named by a folder of this machine."""
-    return Path(model).is_dir()

@@ -34,6 +34,8 @@ class Scheduler:
         max_num_batched_tokens: Most tokens of a step.
 
     Attributes:
+        waiting: Sequences that own no blocks, the next one first.
+        running: Sequences that own blocks, the oldest first.
         num_preemptions: Times that blocks were taken from a running sequence.
     """
 
@@ -42,35 +44,25 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that own no blocks yet."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that own blocks."""
-        return len(self._running)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._running)
+        return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, which must fit the cache when it is alone."""
-        self._waiting.append(sequence)
+        self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and free its blocks."""
         if sequence.cache is not None:
-            self._running.remove(sequence)
+            self.running.remove(sequence)
             self._release(sequence)
         else:
-            self._waiting.remove(sequence)
+            self.waiting.remove(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
         """Choose the step's work and allocate its blocks; empty only if there is no work."""
@@ -78,7 +70,7 @@ class Scheduler:
             chunks = self._decodes()
             budget = self.max_num_batched_tokens - len(chunks)
             chunks += self._prefills(budget)
-            if chunks or not self._running:
+            if chunks or not self.running:
                 return chunks
             # Prompts in progress hold all blocks between them and none can go on.
             self._preempt_youngest()
@@ -91,7 +83,7 @@ class Scheduler:
 
     def _decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
-        for sequence in [each for each in self._running if each.decoding]:
+        for sequence in [each for each in self.running if each.decoding]:
             # The youngest comes last here too, so it can lose its blocks only before its turn.
             while sequence.cache is not None and self._room(sequence, 1) == 0:
                 self._preempt_youngest()
@@ -101,24 +93,24 @@ class Scheduler:
 
     def _prefills(self, budget: int) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
-        for sequence in self._running:
+        for sequence in self.running:
             if sequence.decoding or sequence.cache is None:
                 continue
             count = self._room(sequence, min(sequence.num_pending_tokens, budget))
             if count > 0:
                 chunks.append(self._take(sequence, sequence.cache, count))
                 budget -= count
-        while budget > 0 and self._waiting and len(self._running) < self.max_num_seqs:
-            sequence = self._waiting[0]
+        while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
             growing = [
                 (other.cache, len(other.token_ids) + 1)
-                for other in self._running
+                for other in self.running
                 if other.cache is not None
             ]
             if not self.cache.has_room(len(sequence.token_ids) + 1, growing):
                 break
-            self._waiting.popleft()
-            self._running.append(sequence)
+            self.waiting.popleft()
+            self.running.append(sequence)
             sequence.cache = self.cache.begin()
             count = self._room(sequence, min(sequence.num_pending_tokens, budget))
             if count == 0:
@@ -136,12 +128,12 @@ class Scheduler:
         return ScheduledChunk(sequence, cache, num_tokens)
 
     def _preempt_youngest(self) -> None:
-        sequence = self._running.pop()
+        sequence = self.running.pop()
         self._release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.cache is not None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from headlong.cache.groups import HeadGroup, build_head_groups
 from headlong.cache.kv_cache import KVCache, SequenceCache
 from headlong.cache.policy import HeadPolicy

@@ -56,11 +56,16 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**_COMMON),
     "gemma2": Gemma2Config(**_COMMON, sliding_window=40, query_pre_attn_scalar=16),
     "gemma3": Gemma3TextConfig(
-        **_COMMON, sliding_window=40, layer_types=["sliding_attention", "full_attention"] * 1
-        + ["sliding_attention"], query_pre_attn_scalar=16,
+        **_COMMON,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention"] * 1 + ["sliding_attention"],
+        query_pre_attn_scalar=16,
     ),
     "gpt_oss": GptOssConfig(
-        **_COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=40,
+        **_COMMON,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=40,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }

@@ -1,0 +1,132 @@
+"""Every error over HTTP in OpenAI's form, bounded, and never with a traceback."""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from headlong.server.errors import HeadlongError
+from headlong.server.schemas_common import ErrorBody, ErrorResponse
+
+CLIENT_CLOSED_REQUEST = 499
+MAX_LISTED_ERRORS = 10
+MAX_MESSAGE_CHARS = 2000
+MAX_PIECE_CHARS = 150
+
+ResponseDocs = dict[int | str, dict[str, Any]]
+
+
+def error_docs(*statuses: int) -> ResponseDocs:
+    """Documents the errors of a route.
+
+    Args:
+        statuses: Those that clients should expect of it.
+
+    Returns:
+        FastAPI's `responses`, with "default" for any other.
+    """
+    docs: ResponseDocs = {
+        status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase}
+        for status in statuses
+    }
+    docs["default"] = {"model": ErrorResponse, "description": "Any other error"}
+    return docs
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes `app` answer every error in OpenAI's form."""
+
+    async def headlong_error(_: Request, error: Exception) -> Response:
+        return _response(error.status if isinstance(error, HeadlongError) else 500, error)
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _response(error.status_code, error, error.headers)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        return _response(400, error)
+
+    async def disconnected(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # for logs: nobody reads it
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        # Starlette raises the error again after this response, and the server logs it there.
+        return _response(500, error)
+
+    app.add_exception_handler(HeadlongError, headlong_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ClientDisconnect, disconnected)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def error_body(error: Exception) -> ErrorResponse:
+    """Says of an error what a client may know.
+
+    Args:
+        error: Any; one that nobody raised on purpose becomes a plain "internal error".
+    """
+    param: str | None = None
+    code: str | None = None
+    kind = "invalid_request_error"
+    if isinstance(error, HeadlongError):
+        message, kind, param, code = error.message, error.type, error.param, error.code
+    elif isinstance(error, RequestValidationError):
+        message, param = describe_faults(error.errors(), root="body")
+    elif isinstance(error, HTTPException):
+        message = error.detail
+    else:
+        message, kind = "internal error", "internal_error"
+    body = ErrorBody(
+        message=shorten(message, MAX_MESSAGE_CHARS),
+        type=kind,
+        param=None if param is None else shorten(param, MAX_PIECE_CHARS),
+        code=code,
+    )
+    return ErrorResponse(error=body)
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Cuts a text that is too long, and shows that it did."""
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
+
+
+def describe_faults(
+    faults: Sequence[Mapping[str, Any]], root: str | None = None
+) -> tuple[str, str | None]:
+    """Tells what pydantic found wrong, at most ten things of it.
+
+    Args:
+        faults: Its errors.
+        root: The first piece of every location, if that is no field.
+
+    Returns:
+        One line, and the field of the first error.
+    """
+    shown = faults[:MAX_LISTED_ERRORS]
+    fields = [_field(fault["loc"], root) for fault in shown]
+    lines: list[str] = []
+    for field, fault in zip(fields, shown, strict=True):
+        text = shorten(str(fault["msg"]), MAX_PIECE_CHARS)
+        lines.append(f"{field}: {text}" if field else text)
+    if len(faults) > MAX_LISTED_ERRORS:
+        lines.append(f"and {len(faults) - MAX_LISTED_ERRORS} more")
+    return "; ".join(lines), fields[0] if fields else None
+
+
+def _response(status: int, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    content = error_body(error).model_dump_json()
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _field(pieces: Sequence[int | str], root: str | None) -> str | None:
+    if pieces and pieces[0] == root:
+        pieces = pieces[1:]
+    # The tags of unions are in parentheses. A location may hold keys that the client chose.
+    names = [str(piece)[:40] for piece in pieces if not str(piece).startswith("(")]
+    return shorten(".".join(names), MAX_PIECE_CHARS) or None

@@ -1,0 +1,26 @@
+"""Checkpoints that many tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.tiny_models import save_tiny_model
+
+# Tests are many and small: more threads only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a random-weight checkpoint of an architecture, made once."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = save_tiny_model(root, name)
+        return made[name]
+
+    return folder

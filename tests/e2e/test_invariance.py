@@ -1,0 +1,82 @@
+"""The same request gives the same tokens however it is scheduled."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from headlong.server.engine.engine import Engine
+from support.engines import build_engine, greedy, random_profile, random_prompts, run
+from support.tiny_models import VOCAB_SIZE
+
+PROMPTS = random_prompts((300, 1, 33, 150, 16, 80), VOCAB_SIZE)
+PARAMS = greedy(20)
+
+Build = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma3"])
+def build(
+    request: pytest.FixtureRequest,
+    tiny_model: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Build:
+    folder = tiny_model(request.param)
+    profile = random_profile(folder, tmp_path_factory.mktemp("profile") / "p.json", seed=3)
+
+    def make(**changes: object) -> Engine:
+        return build_engine(folder, **({"profile": str(profile)} | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(build: Build) -> list[list[int]]:
+    engine = build()
+    return [run(engine, [prompt], PARAMS)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
+def test_chunk_sizes(build: Build, expected: list[list[int]], chunk: int) -> None:
+    engine = build(max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 8))
+    assert run(engine, PROMPTS, PARAMS) == expected
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 64])
+def test_block_sizes(build: Build, expected: list[list[int]], block_size: int) -> None:
+    assert run(build(block_size=block_size), PROMPTS, PARAMS) == expected
+
+
+def test_batch_mates(build: Build, expected: list[list[int]]) -> None:
+    engine = build()
+    for order in ([0, 1], [5, 0, 3], [4, 4, 4, 2, 1, 0, 5, 3]):
+        assert run(engine, [PROMPTS[i] for i in order], PARAMS) == [expected[i] for i in order]
+
+
+def test_late_arrivals(build: Build, expected: list[list[int]]) -> None:
+    engine = build(max_num_batched_tokens=40)
+    waiting = list(range(len(PROMPTS)))
+    tokens: dict[str, list[int]] = {}
+    steps = 0
+    while waiting or engine.has_work:
+        if waiting and steps % 3 == 0:
+            index = waiting.pop(0)
+            tokens[str(index)] = []
+            engine.add_request(str(index), PROMPTS[index], PARAMS)
+        for output in engine.step():
+            tokens[output.request_id].extend(output.token_ids)
+        steps += 1
+    assert [tokens[str(index)] for index in range(len(PROMPTS))] == expected
+
+
+def test_preemption(build: Build) -> None:
+    """Eight completions in an arena that holds about three of them at their full length."""
+    prompts = random_prompts([16] * 8, VOCAB_SIZE, seed=9)
+    params = greedy(60)
+    engine = build()
+    expected = [run(engine, [prompt], params)[0] for prompt in prompts]
+    small = build(
+        kv_cache_memory_bytes=200_000, block_size=8, max_num_batched_tokens=64, max_model_len=80
+    )
+    assert run(small, prompts, params) == expected
+    assert small.scheduler.num_preemptions > 0

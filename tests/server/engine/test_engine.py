@@ -1,0 +1,156 @@
+"""Requests through the engine: how they end, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from headlong.server.engine.engine import Engine
+from headlong.server.engine.outputs import RequestOutput
+from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.errors import ContextLengthError, InvalidRequestError
+from support.engines import build_engine, greedy, run
+
+PROMPT = [10, 20, 30, 40]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Callable[[str], Path]) -> Engine:
+    return build_engine(tiny_model("qwen3"), max_model_len=64)
+
+
+def outputs_of(engine: Engine, params: SamplingParams) -> list[RequestOutput]:
+    engine.add_request("r", PROMPT, params)
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+    return outputs
+
+
+def text_of(outputs: list[RequestOutput]) -> str:
+    return "".join(output.text for output in outputs)
+
+
+def test_length(engine: Engine) -> None:
+    outputs = outputs_of(engine, greedy(5))
+    assert [output.num_completion_tokens for output in outputs] == [1, 2, 3, 4, 5]
+    assert [output.finish_reason for output in outputs] == [None] * 4 + ["length"]
+
+
+def test_context_ends_a_completion(engine: Engine) -> None:
+    outputs = outputs_of(engine, greedy(500))
+    assert outputs[-1].finish_reason == "length"
+    assert outputs[-1].num_completion_tokens == 64 - len(PROMPT)
+
+
+def test_stop_token(engine: Engine) -> None:
+    tokens = run(engine, [PROMPT], greedy(12))[0]
+    stop = tokens[6]
+    params = SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=(stop,))
+    outputs = outputs_of(engine, params)
+    assert outputs[-1].finish_reason == "stop"
+    assert outputs[-1].stop_reason == stop
+    assert outputs[-1].num_completion_tokens == tokens.index(stop) + 1
+    assert outputs[-1].token_ids == (stop,)
+
+
+def test_end_of_sequence_and_ignoring_it(engine: Engine) -> None:
+    push = {2: 100.0}
+    ending = SamplingParams(max_tokens=5, temperature=0.0, logit_bias=push)
+    outputs = outputs_of(engine, ending)
+    assert [output.finish_reason for output in outputs] == ["stop"]
+    assert text_of(outputs) == ""
+    going_on = SamplingParams(max_tokens=5, temperature=0.0, logit_bias=push, ignore_eos=True)
+    assert outputs_of(engine, going_on)[-1].finish_reason == "length"
+    held_off = SamplingParams(max_tokens=5, temperature=0.0, logit_bias=push, min_tokens=3)
+    assert outputs_of(engine, held_off)[-1].num_completion_tokens == 4
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_string(engine: Engine, include: bool) -> None:
+    # 'ab' again and again: bytes 97 and 98 are tokens; which ids, the tokenizer says
+    ids = engine.tokenizer.encode("a")
+    params = SamplingParams(
+        max_tokens=9,
+        temperature=0.0,
+        logit_bias={ids[0]: 100.0},
+        stop=("aaa",),
+        include_stop_str_in_output=include,
+    )
+    outputs = outputs_of(engine, params)
+    assert text_of(outputs) == ("aaa" if include else "")
+    assert outputs[-1].finish_reason == "stop"
+    assert outputs[-1].stop_reason == "aaa"
+    assert outputs[-1].num_completion_tokens == 3
+
+
+def test_text_held_for_a_stop_string_is_shown_at_the_end(engine: Engine) -> None:
+    ids = engine.tokenizer.encode("a")
+    params = SamplingParams(
+        max_tokens=4, temperature=0.0, logit_bias={ids[0]: 100.0}, stop=("aaaaaaa",)
+    )
+    assert text_of(outputs_of(engine, params)) == "aaaa"
+
+
+def test_logprobs(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.0, logprobs=2)
+    for output in outputs_of(engine, params):
+        assert output.logprobs is not None
+        (position,) = output.logprobs
+        assert position.chosen.token_id == output.token_ids[0]
+        assert position.chosen == position.top[0]
+        assert len(position.top) == 2
+
+
+def test_abort_frees_blocks(engine: Engine) -> None:
+    engine.add_request("running", PROMPT, greedy(20))
+    engine.add_request("also", PROMPT, greedy(20))
+    engine.step()
+    engine.add_request("waiting", PROMPT, greedy(20))
+    assert sum(engine.cache.owned_blocks) > 0
+    for request in ("waiting", "running", "also", "unknown"):
+        engine.abort(request)
+        engine.cache.check_integrity()
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "says"),
+    [
+        ([], InvalidRequestError, "empty"),
+        ([-1], InvalidRequestError, "token id -1"),
+        ([320], InvalidRequestError, "token id 320"),
+        ([5] * 64, ContextLengthError, "64 tokens"),
+    ],
+)
+def test_prompts_that_are_refused(
+    engine: Engine, prompt: list[int], error: type[InvalidRequestError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        engine.add_request("r", prompt, greedy())
+    assert not engine.has_work
+
+
+def test_bias_outside_the_vocabulary_is_refused(engine: Engine) -> None:
+    with pytest.raises(InvalidRequestError, match="999999"):
+        engine.add_request("r", PROMPT, SamplingParams(logit_bias={999999: 1.0}))
+
+
+def test_sampling_repeats_with_a_seed(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=8, temperature=1.5, seed=3, ignore_eos=True)
+    first, second = run(engine, [PROMPT, PROMPT], params)
+    assert first == second
+    other = SamplingParams(max_tokens=8, temperature=1.5, seed=4, ignore_eos=True)
+    assert run(engine, [PROMPT], other)[0] != first
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(tiny_model: Callable[[str], Path], dtype: str) -> None:
+    """Near the float32 logits, and as good in a batch."""
+    engine = build_engine(tiny_model("llama"), dtype=dtype, max_model_len=64)
+    assert engine.model.dtype is getattr(torch, dtype)
+    tokens = run(engine, [PROMPT, [7, 8, 9]], greedy(6))
+    assert [len(each) for each in tokens] == [6, 6]

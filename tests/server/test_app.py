@@ -1,0 +1,87 @@
+import pytest
+
+from headlong.server.app import create_app
+from headlong.server.config import ServerConfig
+from headlong.server.errors import ConfigError
+
+
+def test_models(client):
+    body = client.get("/v1/models").json()
+    assert body["object"] == "list"
+    assert [card["id"] for card in body["data"]] == ["fake/model", "alias"]
+    assert body["data"][0]["max_model_len"] == 64
+    assert client.get("/v1/models/fake/model").json() == body["data"][0]
+
+
+def test_an_unknown_model(client):
+    response = client.get("/v1/models/other")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_health(client):
+    response = client.get("/health")
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_the_engine_lives_as_long_as_the_application(client, engine):
+    assert engine.is_alive
+    client.__exit__()
+    assert not engine.is_alive
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/completions", 405),
+        ("PUT", "/v1/chat/completions", 405),
+        ("DELETE", "/health", 405),
+    ],
+)
+def test_other_paths_and_methods(client, method, path, status):
+    response = client.request(method, path, follow_redirects=False)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert ("allow" in response.headers) == (status == 405)
+
+
+def test_the_chat_template_file_replaces_the_models(engine, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("Q: {{ messages[0].content }} A:")
+    config = ServerConfig(served_model_name=("m",), chat_template=file)
+    engine.tokenizer.chat_template = None
+    from starlette.testclient import TestClient
+
+    with TestClient(create_app(engine, config)) as client:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert engine.tokenizer.decode(engine.seen[0][0]) == "Q: hi A:"
+
+
+def test_a_chat_template_that_cannot_be_read(engine, tmp_path):
+    file = tmp_path / "template.jinja"
+    for prepare in (lambda: None, lambda: file.write_bytes(b"\xff")):
+        prepare()
+        with pytest.raises(ConfigError, match="chat template"):
+            create_app(engine, ServerConfig(served_model_name=("m",), chat_template=file))
+
+
+def test_openapi_tells_the_truth(client):
+    spec = client.get("/openapi.json").json()
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        operation = spec["paths"][path]["post"]
+        responses = operation["responses"]
+        assert set(responses) == {
+            "200", "400", "404", "413", "415", "500", "503", "default",
+        }  # fmt: skip
+        assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+        for status in set(responses) - {"200"}:
+            schema = responses[status]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+        assert operation["requestBody"]["required"] is True
+    assert "503" in spec["paths"]["/health"]["get"]["responses"]
+    assert "HTTPValidationError" not in spec["components"]["schemas"]
