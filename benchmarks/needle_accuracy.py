@@ -52,7 +52,7 @@ class Side:
         self.kv_bytes: list[int] = []
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        return [self.answer(prompt, max_new_tokens) for prompt in track(prompts, "answering")]
+        return [self.answer(prompt, max_new_tokens) for prompt in track(prompts)]
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
@@ -113,6 +113,7 @@ def measure(
         options.seed,
         chat=not options.completion,
     )
+    print(f"{name}: {result.accuracy:.1%} answered", flush=True)
     keeping = [len(group.members) for group in side.engine.groups if group.policy.keeps_all]
     geometry = side.engine.model.geometry
     return Row(

@@ -1,6 +1,6 @@
 """Sixteen clients over HTTP: Headlong beside `transformers serve` with continuous batching.
 
-    pip install 'transformers[serving]'
+    pip install 'transformers[serving]' accelerate
     python benchmarks/throughput_http.py
 
 Both serve the embedded model in float32 from this machine's CPU, one after the other in each
@@ -54,10 +54,12 @@ class Sample:
 def sides() -> list[Side]:
     headlong = (str(BIN / "headlong"), "serve", str(MODEL_DIR), "--served-model-name", "demo")
     transformers = (str(BIN / "transformers"), "serve", str(MODEL_DIR), "--continuous-batching")
+    # Without sizes it plans its cache for a GPU, and answers nothing on a CPU.
+    sizes = ("--cb-block-size", "32", "--cb-num-blocks", "1024", "--cb-max-batch-tokens", "2048")
     return [
         Side(
             "transformers serve",
-            (*transformers, "--device", "cpu", "--dtype", "float32"),
+            (*transformers, "--device", "cpu", "--dtype", "float32", *sizes),
             str(MODEL_DIR),
         ),
         Side("headlong, all retrieval", (*headlong, "--profile", "none"), "demo"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from headlong.cache.policy import HeadPolicy
 from headlong.kernels import reference, torch_attention
 from headlong.kernels.batch import UNBOUNDED

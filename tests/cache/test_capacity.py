@@ -1,0 +1,200 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headlong.cache.capacity import (
+    CacheShape,
+    CapacityError,
+    MemoryPlan,
+    longest_sequence,
+    plan_blocks,
+    plan_memory,
+)
+from headlong.cache.groups import HeadGroup
+from headlong.cache.kv_cache import KVCache
+from headlong.cache.policy import RETRIEVAL, HeadPolicy
+
+STREAMING = HeadPolicy(sink_size=4, window_size=12)
+BLOCK_SIZE = 4
+# K and V of a head for a block, in float32.
+PAGE_BYTES = 2 * BLOCK_SIZE * 8 * 4
+
+
+def build_shape(
+    policies: dict[HeadPolicy, int], max_num_seqs: int = 4, max_num_batched_tokens: int = 32
+) -> CacheShape:
+    """A shape with a group of so many heads for each policy."""
+    groups = tuple(
+        HeadGroup(f"g{layer}", policy, tuple((layer, head) for head in range(count)))
+        for layer, (policy, count) in enumerate(policies.items())
+    )
+    return CacheShape(groups, 8, torch.float32, BLOCK_SIZE, max_num_seqs, max_num_batched_tokens)
+
+
+SHAPES = st.builds(
+    build_shape,
+    st.dictionaries(
+        st.just(RETRIEVAL) | st.builds(HeadPolicy, st.integers(0, 9), st.integers(1, 30)),
+        st.integers(1, 5),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(1, 9),
+    st.integers(1, 64),
+)
+
+
+@given(SHAPES, st.integers(0, 200_000), st.integers(1, 500))
+def test_a_plan_keeps_to_its_budget_and_holds_a_sequence(
+    shape: CacheShape, budget_bytes: int, max_model_len: int
+) -> None:
+    try:
+        plan, layout = plan_memory(shape, budget_bytes, max_model_len)
+    except CapacityError:
+        return
+    assert layout.num_blocks == plan.num_blocks
+    assert layout.total_bytes == plan.arena_bytes <= budget_bytes
+    assert 1 <= plan.max_sequence_tokens <= max_model_len
+    cache = KVCache(shape.groups, layout)
+    assert cache.fits(plan.max_sequence_tokens)
+    if plan.max_sequence_tokens < max_model_len:
+        assert not cache.fits(plan.max_sequence_tokens + 1)
+    longest = -(-max_model_len // BLOCK_SIZE)
+    assert max(plan.num_blocks) <= shape.max_num_seqs * longest
+
+
+@given(SHAPES, st.integers(0, 100_000), st.integers(0, 100_000), st.integers(1, 500))
+def test_what_fits_a_budget_fits_a_larger_one(
+    shape: CacheShape, budget_bytes: int, more: int, max_model_len: int
+) -> None:
+    try:
+        small = plan_blocks(shape, budget_bytes, max_model_len)
+    except CapacityError:
+        return
+    large = plan_blocks(shape, budget_bytes + more, max_model_len)
+    for group, few, many in zip(shape.groups, small, large, strict=True):
+        if not group.policy.keeps_all:
+            assert few <= many
+    # Growing blocks may be fewer, where the memory is now enough for the windows of more sequences,
+    # but never fewer than half of the memory holds.
+    if longest_sequence(shape, large, max_model_len) < longest_sequence(
+        shape, small, max_model_len
+    ):
+        fixed = [
+            shape.block_bytes(group) * count
+            for group, count in zip(shape.groups, large, strict=True)
+            if not group.policy.keeps_all
+        ]
+        assert sum(fixed) <= (budget_bytes + more) // 2
+
+
+@given(SHAPES, st.integers(0, 200_000), st.integers(1, 300), st.data())
+def test_sequence_bytes_is_what_a_sequence_owns(
+    shape: CacheShape, budget_bytes: int, max_model_len: int, data: st.DataObject
+) -> None:
+    try:
+        plan, layout = plan_memory(shape, budget_bytes, max_model_len)
+    except CapacityError:
+        return
+    cache = KVCache(shape.groups, layout)
+    sequence = cache.begin()
+    chunk = data.draw(st.integers(1, shape.max_num_batched_tokens))
+    prompt = data.draw(st.integers(1, plan.max_sequence_tokens))
+    while sequence.num_tokens < plan.max_sequence_tokens:
+        left = prompt - sequence.num_tokens
+        before = sequence.num_tokens
+        count = cache.max_extension(sequence, min(chunk, left) if left > 0 else 1)
+        assert count > 0
+        cache.extend(sequence, count)
+        assert cache.owned_blocks == shape.sequence_blocks(before + count, count)
+        cache.release_expired(sequence)
+        assert cache.owned_bytes == plan.sequence_bytes(sequence.num_tokens)
+    cache.free(sequence)
+    cache.check_integrity()
+    assert cache.owned_blocks == (0,) * len(shape.groups)
+
+
+def test_one_group_that_grows_gets_all_memory() -> None:
+    shape = build_shape({RETRIEVAL: 3})
+    assert plan_blocks(shape, 50 * 3 * PAGE_BYTES + 256, 10_000) == (50,)
+
+
+def test_no_group_gets_more_than_its_sequences_could_own() -> None:
+    shape = build_shape({RETRIEVAL: 3, STREAMING: 1}, max_num_seqs=4)
+    retrieval, streaming = plan_blocks(shape, 1 << 40, 1000)
+    assert retrieval == 4 * 250
+    # A sink block, a window of at most 4 blocks, and a step of 8 blocks that every sequence may
+    # begin inside one.
+    assert streaming == 4 * (1 + 4) + 8 + 4
+    assert plan_blocks(shape, 1 << 40, 8) == (4 * 2, 4 * 2)
+
+
+def test_only_windows_take_a_constant() -> None:
+    shape = build_shape({STREAMING: 2})
+    plan, _ = plan_memory(shape, 1 << 20, 1_000_000)
+    assert plan.max_sequence_tokens == 1_000_000
+    assert plan.cache_tokens is None
+    assert plan.shape.growing_token_bytes == 0
+    assert plan.sequence_bytes(900_000) <= shape.constant_sequence_bytes == 5 * 2 * PAGE_BYTES
+
+
+def test_windows_are_sized_for_fewer_sequences_where_memory_is_tight() -> None:
+    shape = build_shape({RETRIEVAL: 1, STREAMING: 1}, max_num_seqs=64, max_num_batched_tokens=4)
+    budget = 200 * PAGE_BYTES + 2 * 256
+    retrieval, streaming = plan_blocks(shape, budget, 100_000)
+    # For 16 sequences: 16 * 5 blocks of windows, and 1 + 16 for a step's tokens.
+    assert streaming == 97
+    assert retrieval == 103
+
+
+@pytest.mark.parametrize("policies", [{RETRIEVAL: 1}, {STREAMING: 1}, {RETRIEVAL: 2, STREAMING: 3}])
+def test_too_small_a_budget_is_refused_and_says_what_it_takes(
+    policies: dict[HeadPolicy, int],
+) -> None:
+    shape = build_shape(policies)
+    with pytest.raises(CapacityError, match="100 bytes hold no sequence") as raised:
+        plan_memory(shape, 100, 64)
+    assert str(shape.constant_sequence_bytes) in str(raised.value)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_bytes_of_a_token_and_of_a_sequence() -> None:
+    shape = build_shape({RETRIEVAL: 1, STREAMING: 3})
+    assert shape.block_bytes(shape.groups[1]) == 3 * PAGE_BYTES
+    assert shape.growing_token_bytes == PAGE_BYTES // BLOCK_SIZE
+    assert shape.full_token_bytes == 4 * PAGE_BYTES // BLOCK_SIZE
+    plan, layout = plan_memory(shape, 1 << 20, 4096)
+    assert plan.arena_bytes == layout.total_bytes
+    assert plan.full_cache_tokens == plan.arena_bytes // shape.full_token_bytes
+    assert plan.cache_tokens == plan.num_blocks[0] * BLOCK_SIZE
+    # 1001 tokens: 251 blocks; of the windows the sink's, and the four that hold 990 to 1000.
+    assert plan.sequence_bytes(1001) == (251 + 3 * (1 + 4)) * PAGE_BYTES
+    assert plan.full_sequence_bytes(1001) == 251 * 4 * PAGE_BYTES
+
+
+def test_a_full_cache_is_no_smaller() -> None:
+    plan, _ = plan_memory(build_shape({RETRIEVAL: 1, STREAMING: 3}), 1 << 20, 4096)
+    for num_tokens in range(0, 200, 3):
+        assert plan.sequence_bytes(num_tokens) <= plan.full_sequence_bytes(num_tokens)
+    everything = MemoryPlan(
+        build_shape({RETRIEVAL: 4}), num_blocks=(8,), arena_bytes=1, max_sequence_tokens=32
+    )
+    assert everything.sequence_bytes(33) == everything.full_sequence_bytes(33)
+
+
+def test_longest_sequence_is_bounded_by_what_grows_alone() -> None:
+    shape = build_shape({RETRIEVAL: 1, STREAMING: 1})
+    assert longest_sequence(shape, (10, 6), 1000) == 40
+    assert longest_sequence(shape, (10, 6), 32) == 32
+
+
+def test_the_step_and_the_number_of_sequences_size_only_windows() -> None:
+    shape = build_shape({RETRIEVAL: 1, STREAMING: 1}, max_num_seqs=1, max_num_batched_tokens=8)
+    wide = dataclasses.replace(shape, max_num_batched_tokens=16)
+    budget = 100 * PAGE_BYTES + 2 * 256
+    _, few = plan_blocks(shape, budget, 4096)
+    _, many = plan_blocks(wide, budget, 4096)
+    assert many - few == 2

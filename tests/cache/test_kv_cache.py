@@ -1,0 +1,159 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headlong.cache.block_pool import OutOfBlocksError
+from headlong.cache.groups import HeadGroup
+from headlong.cache.kv_cache import BlockCopy, KVCache
+from headlong.cache.policy import RETRIEVAL, HeadPolicy
+from headlong.kernels.layout import PageLayout, build_arena_layout
+
+STREAMING = HeadPolicy(sink_size=3, window_size=6)
+
+
+def build_cache(
+    policies: Sequence[HeadPolicy], block_sizes: Sequence[int], num_blocks: Sequence[int]
+) -> KVCache:
+    groups = [HeadGroup(f"g{i}", policy, ((0, i),)) for i, policy in enumerate(policies)]
+    layout = build_arena_layout(
+        members=tuple(group.members for group in groups),
+        pages=tuple(PageLayout(size, 2, torch.float32) for size in block_sizes),
+        num_blocks=tuple(num_blocks),
+    )
+    return KVCache(groups, layout)
+
+
+def test_a_long_sequence_keeps_its_sinks_and_window() -> None:
+    cache = build_cache([RETRIEVAL, STREAMING], [4, 4], [8, 8])
+    sequence = cache.begin()
+    cache.extend(sequence, 30)
+    assert cache.owned_blocks == (8, 8)
+    cache.release_expired(sequence)
+    # The query at 30 sees 25 to 30: blocks 6 and 7, and block 0 of the sinks.
+    assert cache.owned_blocks == (8, 3)
+    assert cache.owned_bytes == cache.sequence_bytes(sequence) == 11 * 4 * 2 * 2 * 4
+    assert sequence.num_tokens == 30
+    cache.free(sequence)
+    assert cache.owned_blocks == (0, 0)
+    cache.check_integrity()
+
+
+def test_running_out_in_the_last_group_takes_nothing_from_the_first() -> None:
+    cache = build_cache([RETRIEVAL, STREAMING], [2, 4], [100, 2])
+    sequence = cache.begin()
+    assert cache.max_extension(sequence, 50) == 8
+    with pytest.raises(OutOfBlocksError, match="3 g1 blocks asked for, 2 free"):
+        cache.extend(sequence, 9)
+    assert cache.owned_blocks == (0, 0)
+    assert sequence.num_tokens == 0
+    cache.extend(sequence, 8)
+    assert cache.max_extension(sequence, 1) == 0
+    cache.check_integrity()
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_partly_filled_one() -> None:
+    cache = build_cache([RETRIEVAL, RETRIEVAL], [4, 3], [9, 9])
+    parent = cache.begin()
+    cache.extend(parent, 9)
+    child, copies = cache.fork(parent)
+    # 9 tokens: two blocks of 4 and one token, but exactly three blocks of 3.
+    assert cache.owned_blocks == (4, 3)
+    assert copies == [BlockCopy(0, parent.tables[0].blocks[2], child.tables[0].blocks[2])]
+    assert child.tables[0].blocks[:2] == parent.tables[0].blocks[:2]
+    assert child.tables[1].blocks == parent.tables[1].blocks
+    assert child.num_tokens == 9
+    cache.free(parent)
+    assert cache.owned_blocks == (3, 3)
+    cache.check_integrity()
+    cache.free(child)
+    assert cache.owned_blocks == (0, 0)
+
+
+def test_a_fork_without_room_takes_nothing() -> None:
+    cache = build_cache([RETRIEVAL, RETRIEVAL], [4, 4], [4, 2])
+    parent = cache.begin()
+    cache.extend(parent, 7)
+    with pytest.raises(OutOfBlocksError, match="copy"):
+        cache.fork(parent)
+    assert cache.owned_blocks == (2, 2)
+    cache.check_integrity()
+    cache.free(parent)
+    assert cache.owned_blocks == (0, 0)
+
+
+def test_a_fork_of_nothing_owns_nothing() -> None:
+    cache = build_cache([RETRIEVAL, STREAMING], [4, 4], [1, 1])
+    _, copies = cache.fork(cache.begin())
+    assert copies == []
+    assert cache.owned_blocks == (0, 0)
+
+
+def test_freeing_twice_is_refused() -> None:
+    cache = build_cache([RETRIEVAL], [4], [2])
+    sequence = cache.begin()
+    cache.free(sequence)
+    with pytest.raises(ValueError, match="freed before"):
+        cache.free(sequence)
+    cache.check_integrity()
+
+
+def test_integrity_fails_on_a_block_that_no_live_table_lists() -> None:
+    cache = build_cache([RETRIEVAL], [4], [2])
+    sequence = cache.begin()
+    cache.extend(sequence, 5)
+    lost = sequence.tables[0].blocks.pop()
+    with pytest.raises(AssertionError, match=f"block {lost}: 0 holders, counted 1"):
+        cache.check_integrity()
+
+
+def test_integrity_fails_on_a_table_without_room_for_its_tokens() -> None:
+    cache = build_cache([RETRIEVAL], [4], [2])
+    sequence = cache.begin()
+    sequence.num_tokens = 1
+    with pytest.raises(AssertionError):
+        cache.check_integrity()
+
+
+def test_room_counts_what_others_have_yet_to_grow() -> None:
+    cache = build_cache([RETRIEVAL, STREAMING], [4, 4], [10, 10])
+    other = cache.begin()
+    cache.extend(other, 8)
+    assert cache.has_room(32, [])
+    assert not cache.has_room(33, [])
+    assert cache.has_room(16, [(other, 24)])
+    assert not cache.has_room(17, [(other, 24)])
+    # What another holds beyond its promised length is no gift.
+    assert not cache.has_room(33, [(other, 4)])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.builds(HeadPolicy, st.integers(0, 9), st.integers(1, 20)) | st.just(RETRIEVAL),
+            st.integers(1, 5),
+            st.integers(1, 14),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(1, 60),
+    st.integers(1, 9),
+)
+def test_a_sequence_that_fits_has_room_and_can_always_go_on(
+    groups: list[tuple[HeadPolicy, int, int]], num_tokens: int, chunk: int
+) -> None:
+    policies, block_sizes, num_blocks = zip(*groups, strict=True)
+    cache = build_cache(policies, block_sizes, num_blocks)
+    if not cache.fits(num_tokens):
+        return
+    assert cache.has_room(num_tokens, [])
+    sequence = cache.begin()
+    while sequence.num_tokens < num_tokens:
+        count = cache.max_extension(sequence, min(chunk, num_tokens - sequence.num_tokens))
+        assert count > 0
+        cache.extend(sequence, count)
+        cache.release_expired(sequence)
+    cache.check_integrity()
