@@ -58,25 +58,30 @@ class BlockPool:
         """Add an owner to blocks that have one.
 
         Raises:
-            ValueError: A block is free.
+            ValueError: A block is free; nothing was changed.
         """
+        blocks = self._owned(blocks)
         for block in blocks:
-            if self._counts[block] == 0:
-                raise ValueError(f"block {block} is free and cannot be shared")
             self._counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
         """Take an owner away; a block without one is free again.
 
         Raises:
-            ValueError: A block is free already.
+            ValueError: A block is free already; nothing was changed.
         """
+        blocks = self._owned(blocks)
         for block in blocks:
-            if self._counts[block] == 0:
-                raise ValueError(f"block {block} is free and cannot be released")
             self._counts[block] -= 1
             if self._counts[block] == 0:
                 self._free.append(block)
+
+    def _owned(self, blocks: Iterable[int]) -> list[int]:
+        blocks = list(blocks)
+        for block in blocks:
+            if self._counts[block] == 0:
+                raise ValueError(f"block {block} is free and cannot be shared or released")
+        return blocks
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Prove that every block is free or owned, and owned by exactly its holders.

@@ -2,8 +2,8 @@
 
 A group with a window needs a constant number of blocks a sequence, and during a step also blocks
 for the step's new tokens; it is given enough for every sequence that may run. All the rest goes to
-the groups that grow with the context. Where memory is too tight for that, the windows are sized
-for as many sequences as fit beside an equal share of growing blocks.
+the groups that grow with the context. Where that would leave them less than half of the memory, the
+windows are sized for as many sequences as fit into the other half.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,12 @@ import torch
 from headlong.cache.groups import HeadGroup
 from headlong.cache.policy import RETRIEVAL
 from headlong.kernels.batch import UNBOUNDED
-from headlong.kernels.layout import ArenaLayout, PageLayout, build_arena_layout
+from headlong.kernels.layout import (
+    GROUP_ALIGNMENT_BYTES,
+    ArenaLayout,
+    PageLayout,
+    build_arena_layout,
+)
 
 
 class CapacityError(ValueError):
@@ -81,6 +86,9 @@ class CacheShape:
 def plan_blocks(shape: CacheShape, budget_bytes: int, max_model_len: int) -> tuple[int, ...]:
     """Share a budget among the groups.
 
+    The windows get what all sequences that may run need, but no more than half of the budget while
+    the growing groups could use the rest, and never less than one sequence needs.
+
     Args:
         shape: The cache's shape.
         budget_bytes: Most bytes of all groups together.
@@ -88,52 +96,52 @@ def plan_blocks(shape: CacheShape, budget_bytes: int, max_model_len: int) -> tup
             this length could own.
 
     Returns:
-        Number of blocks of each group.
+        Number of blocks of each group. More memory never makes a growing group smaller.
 
     Raises:
         CapacityError: Not even one sequence of one block's length fits.
     """
-    budget = budget_bytes - len(shape.groups) * 256  # regions are aligned
-    num_seqs = shape.max_num_seqs
-    while True:
-        blocks = _blocks_for(shape, budget, num_seqs, max_model_len)
-        if blocks is not None:
-            return blocks
-        if num_seqs == 1:
-            raise CapacityError(
-                f"{budget_bytes} bytes hold no sequence: its windows take "
-                f"{shape.constant_sequence_bytes} bytes and each token "
-                f"{shape.growing_token_bytes} more"
-            )
-        num_seqs //= 2
-
-
-def _blocks_for(
-    shape: CacheShape, budget: int, num_seqs: int, max_model_len: int
-) -> tuple[int, ...] | None:
-    """Blocks when windows are sized for `num_seqs` sequences; None if too little is left."""
+    budget = budget_bytes - len(shape.groups) * GROUP_ALIGNMENT_BYTES
     longest = -(-max_model_len // shape.block_size)
-    step = min(shape.max_num_batched_tokens, num_seqs * max_model_len)
-    blocks: list[int] = []
-    for group in shape.groups:
-        bounded = num_seqs * group.policy.steady_blocks(max_model_len, shape.block_size)
-        # Each chunk of a step may begin and end inside a block.
-        bounded += -(-step // shape.block_size) + num_seqs
-        blocks.append(0 if group.policy.keeps_all else min(bounded, num_seqs * longest))
-    fixed = sum(
-        count * shape.block_bytes(group) for count, group in zip(blocks, shape.groups, strict=True)
+    growing_block_bytes = sum(
+        shape.block_bytes(group) for group in shape.groups if group.policy.keeps_all
     )
-    growing = [group for group in shape.groups if group.policy.keeps_all]
-    if not growing:
-        return tuple(blocks) if fixed <= budget else None
-    rest = (budget - fixed) // sum(shape.block_bytes(group) for group in growing)
-    # Windows for many short sequences must not starve the context of long ones.
-    starved = fixed > budget // 2 and num_seqs > 1
-    if rest < 1 or starved:
-        return None
+    useful = shape.max_num_seqs * longest * growing_block_bytes
+    for_growing = min(
+        useful, max(budget - _window_bytes(shape, shape.max_num_seqs, max_model_len), budget // 2)
+    )
+    num_seqs = shape.max_num_seqs
+    while num_seqs > 1 and _window_bytes(shape, num_seqs, max_model_len) > budget - for_growing:
+        num_seqs -= 1
+    for_growing = min(for_growing, budget - _window_bytes(shape, num_seqs, max_model_len))
+    if for_growing < growing_block_bytes:
+        raise CapacityError(
+            f"{budget_bytes} bytes hold no sequence: its windows take "
+            f"{_window_bytes(shape, 1, max_model_len)} bytes and each {shape.block_size} tokens "
+            f"{growing_block_bytes} more"
+        )
     return tuple(
-        min(rest, shape.max_num_seqs * longest) if group.policy.keeps_all else count
-        for count, group in zip(blocks, shape.groups, strict=True)
+        for_growing // growing_block_bytes
+        if group.policy.keeps_all
+        else _window_blocks(shape, group, num_seqs, max_model_len)
+        for group in shape.groups
+    )
+
+
+def _window_blocks(shape: CacheShape, group: HeadGroup, num_seqs: int, max_model_len: int) -> int:
+    """Blocks of a group with a window for `num_seqs` sequences, in the middle of a step."""
+    steady = num_seqs * group.policy.steady_blocks(max_model_len, shape.block_size)
+    new_tokens = min(shape.max_num_batched_tokens, num_seqs * max_model_len)
+    # Each chunk of a step may begin and end inside a block.
+    step = -(-new_tokens // shape.block_size) + num_seqs
+    return min(steady + step, num_seqs * -(-max_model_len // shape.block_size))
+
+
+def _window_bytes(shape: CacheShape, num_seqs: int, max_model_len: int) -> int:
+    return sum(
+        _window_blocks(shape, group, num_seqs, max_model_len) * shape.block_bytes(group)
+        for group in shape.groups
+        if not group.policy.keeps_all
     )
 
 
@@ -155,7 +163,6 @@ class MemoryPlan:
         num_blocks: Blocks of each group.
         arena_bytes: All pages.
         max_sequence_tokens: Longest sequence that fits alone.
-        full_cache_tokens: Tokens that a cache that keeps everything would hold in as many bytes.
     """
 
     shape: CacheShape

@@ -11,7 +11,7 @@ class HeadGroup:
     """Heads that keep the same tokens, so that one block table serves them all.
 
     Attributes:
-        name: "retrieval", "streaming" or "sliding" (a model's own window).
+        name: "retrieval", "streaming", or "sliding-4096" for a model's own window of 4096 tokens.
         policy: What each of them keeps.
         members: Their (layer, kv_head) pairs, sorted.
     """
@@ -53,7 +53,7 @@ def build_head_groups(
     for layer, (labels, window) in enumerate(zip(retrieval, native_windows, strict=True)):
         for head, keeps_all in enumerate(labels):
             if window is not None:
-                key = ("sliding", HeadPolicy(sink_size=0, window_size=window))
+                key = (f"sliding-{window}", HeadPolicy(sink_size=0, window_size=window))
             else:
                 key = ("retrieval", RETRIEVAL) if keeps_all else ("streaming", streaming)
             members.setdefault(key, []).append((layer, head))

@@ -109,7 +109,9 @@ class KVCache:
 
         Raises:
             OutOfBlocksError: A group has too few free blocks; nothing was taken.
+            ValueError: The sequence was freed before.
         """
+        self._require_live(sequence)
         total = sequence.num_tokens + num_tokens
         missing = [table.missing_blocks(total) for table in sequence.tables]
         for count, pool, group in zip(missing, self.pools, self.groups, strict=True):
@@ -123,6 +125,7 @@ class KVCache:
 
     def release_expired(self, sequence: SequenceCache) -> None:
         """Give back what no later query of the sequence can see."""
+        self._require_live(sequence)
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             pool.release(table.take_expired(sequence.num_tokens))
 
@@ -138,6 +141,7 @@ class KVCache:
         Raises:
             OutOfBlocksError: No free block for a copy; nothing was taken.
         """
+        self._require_live(parent)
         partial = [
             len(table.blocks) > 0 and parent.num_tokens % table.block_size > 0
             for table in parent.tables
@@ -165,11 +169,14 @@ class KVCache:
         Raises:
             ValueError: It was freed before.
         """
-        if sequence not in self._live:
-            raise ValueError("the sequence was freed before")
+        self._require_live(sequence)
         self._live.remove(sequence)
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             pool.release(table.blocks)
+
+    def _require_live(self, sequence: SequenceCache) -> None:
+        if sequence not in self._live:
+            raise ValueError("the sequence was freed before")
 
     @property
     def owned_blocks(self) -> tuple[int, ...]:
@@ -194,7 +201,7 @@ class KVCache:
         """Prove that every block is free or owned by exactly the live tables that list it.
 
         Raises:
-            AssertionError: A block leaked, or a table disagrees with the law.
+            AssertionError: A block leaked, or a table lacks blocks for its tokens.
         """
         for group, pool in enumerate(self.pools):
             pool.check_integrity(_held(self._live, group))

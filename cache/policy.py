@@ -46,8 +46,8 @@ class HeadPolicy:
         all_blocks = -(-num_tokens // block_size)
         if self.keeps_all:
             return all_blocks
-        # A window can begin and end inside a block.
-        window_blocks = -(-(self.window_size - 1) // block_size) + 1
+        # The next query sees itself and window_size - 1 tokens, which can begin inside a block.
+        window_blocks = -(-max(self.window_size - 2, 0) // block_size) + 1
         return min(all_blocks, self.sink_blocks(block_size) + window_blocks)
 
     def live_blocks(self, num_tokens: int, num_new: int, block_size: int) -> int:

@@ -116,8 +116,12 @@ def build_arena_layout(
             f"got {len(members)}, {len(pages)}, {len(num_blocks)}"
         )
     everyone = [head for group in members for head in group]
+    if not everyone:
+        raise ValueError("members must name at least one head")
     if len(set(everyone)) != len(everyone):
-        raise ValueError("a head is a member of two groups")
+        raise ValueError("a head is listed twice among the members")
+    if min(num_blocks) < 1:
+        raise ValueError(f"num_blocks must be at least 1 each, got {num_blocks}")
     bases: list[int] = []
     offset = 0
     layers: list[list[LayerHeads]] = [[] for _ in range(1 + max(layer for layer, _ in everyone))]

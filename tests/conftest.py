@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headlong.demo.paths import MODEL_DIR
 from support.tiny_models import save_tiny_model
 
 # Tests are many and small: more threads only wait for each other.
@@ -14,9 +15,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a random-weight checkpoint of an architecture, made once."""
+    """Folder of the embedded model, or of a random-weight one of an architecture, made once."""
     root = tmp_path_factory.mktemp("models")
-    made: dict[str, Path] = {}
+    made: dict[str, Path] = {"embedded": MODEL_DIR}
 
     def folder(name: str) -> Path:
         if name not in made:

@@ -40,7 +40,7 @@ def _memory_lines(plan: MemoryPlan, max_model_len: int) -> list[str]:
             else f"sink {policy.sink_size} + window {policy.window_size} tokens"
         )
         lines.append(
-            f"  {group.name:<10} {len(group.members):>5} heads  {keeps:<34} "
+            f"  {group.name:<14} {len(group.members):>5} heads  {keeps:<34} "
             f"{token_bytes:>8} B/token  {blocks:>8} blocks of {shape.block_size}  "
             f"{format_bytes(blocks * shape.block_bytes(group)):>10}"
         )

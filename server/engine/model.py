@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
             feature that is not supported, which the message names.
     """
     device = _choose_device(config.device)
+    if config.model.startswith(("/", ".", "~")) and not Path(config.model).is_dir():
+        raise ConfigError(f"cannot load model {config.model!r}: there is no such folder", "model")
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": config.model,
         "revision": config.revision,
@@ -128,13 +131,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         # Eager until probed: transformers checks a name against what a class says it supports.
-        module, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
-    except ConfigError:
-        raise
     except Exception as error:  # transformers and safetensors raise many kinds
         raise ConfigError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
+    module, info = loaded
     missing = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
     if missing:
         raise ConfigError(
@@ -219,10 +221,8 @@ def _eos_token_ids(
 ) -> frozenset[int]:
     found: set[int] = set()
     for ids in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
-        if isinstance(ids, int):
-            found.add(ids)
-        elif ids is not None:
-            found.update(ids)
+        many = ids if isinstance(ids, list) else [ids]
+        found.update(each for each in many if isinstance(each, int))
     return frozenset(found)
 
 

@@ -28,7 +28,7 @@ def test_a_native_window_wins_over_the_labels() -> None:
     assert groups == (
         HeadGroup("retrieval", RETRIEVAL, ((1, 0),)),
         HeadGroup("streaming", STREAMING, ((1, 1),)),
-        HeadGroup("sliding", HeadPolicy(0, 32), ((0, 0), (0, 1), (2, 0), (2, 1))),
+        HeadGroup("sliding-32", HeadPolicy(0, 32), ((0, 0), (0, 1), (2, 0), (2, 1))),
     )
 
 
@@ -43,7 +43,7 @@ def test_each_native_window_is_a_group() -> None:
 def test_a_native_window_like_the_streaming_one_stays_apart() -> None:
     policy = HeadPolicy(sink_size=0, window_size=8)
     groups = build_head_groups([[False], [False]], policy, [None, 8])
-    assert [group.name for group in groups] == ["streaming", "sliding"]
+    assert [group.name for group in groups] == ["streaming", "sliding-8"]
 
 
 def test_every_head_is_in_exactly_one_group_and_groups_are_sorted() -> None:

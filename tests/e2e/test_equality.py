@@ -21,10 +21,10 @@ from support.oracle import MaskedOracle
 from support.tiny_models import CONFIGS, VOCAB_SIZE
 
 LENGTHS = (1, 15, 16, 17, 700)
-ARCHITECTURES = sorted(CONFIGS)
+MODELS = [*sorted(CONFIGS), "embedded"]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODELS)
 def test_all_retrieval_equals_generate(name: str, tiny_model: Callable[[str], Path]) -> None:
     folder = tiny_model(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -46,7 +46,7 @@ def test_all_retrieval_equals_generate(name: str, tiny_model: Callable[[str], Pa
         assert run(engine, [prompt]) == [tokens]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_profile_logits_equal_masked_attention(
     name: str,

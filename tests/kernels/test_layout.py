@@ -119,8 +119,8 @@ def test_a_head_that_the_model_lacks_has_no_page() -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ((((0, 0),), ((0, 0),)), "member of two groups"),
-        ((((0, 0), (0, 0)), ((0, 1),)), "two groups"),
+        ((((0, 0),), ((0, 0),)), "listed twice"),
+        ((((0, 0), (0, 0)), ((0, 1),)), "listed twice"),
         ((((0, 0),), ()), "members of group 1 must be sorted and not empty"),
         ((((0, 1), (0, 0)), ((0, 2),)), "members of group 0 must be sorted and not empty"),
     ],
