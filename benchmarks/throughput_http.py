@@ -18,6 +18,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,11 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    default_log = Path(tempfile.gettempdir()) / "headlong-throughput.log"
     parser.add_argument("--concurrency", type=int, default=16, help="clients (default 16)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="default 1024")
     parser.add_argument("--new-tokens", type=int, default=64, help="default 64")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
-    parser.add_argument("--log", type=Path, default=Path("/tmp/headlong-throughput.log"))
+    parser.add_argument("--log", type=Path, default=default_log, help="of the servers")
     options = parser.parse_args()
     found: dict[str, list[Sample]] = {side.name: [] for side in sides()}
     for turn in range(options.rounds):

@@ -37,10 +37,6 @@ class BlockPool:
         """Blocks that somebody owns, each counted once."""
         return self.num_blocks - len(self._free)
 
-    def is_shared(self, block: int) -> bool:
-        """Whether more than one table holds the block."""
-        return self._counts[block] > 1
-
     def allocate(self, count: int) -> list[int]:
         """Take free blocks; each starts with one owner.
 

@@ -120,7 +120,9 @@ class TorchAttention:
         tile = GATHER_TILE_BYTES // (num_seqs * num_heads * block_size * head_dim * pages.itemsize)
         tile = max(1, min(tile, num_blocks))
 
-        rows = query[:, :, bucket.rows].permute(2, 0, 1, 3).reshape(-1, group_size, head_dim)
+        # Scaled before the product: in float16 an unscaled logit can overflow.
+        rows = query[:, :, bucket.rows].permute(2, 0, 1, 3) * logits.sm_scale
+        rows = rows.reshape(-1, group_size, head_dim)
         scores = rows.new_empty(num_seqs * num_heads, group_size, num_keys)
         for begin in range(0, num_blocks, tile):
             keys = self._gather(heads.group, k_rows[..., begin : begin + tile])
@@ -130,13 +132,13 @@ class TorchAttention:
         weights = logits.softmax(shaped, bucket.hidden, pages.dtype)
         weights = weights.view(num_seqs * num_heads, group_size, num_keys)
 
-        out = rows.new_zeros(num_seqs * num_heads, group_size, head_dim)
+        out = torch.zeros(num_seqs * num_heads, group_size, head_dim)
         for begin in range(0, num_blocks, tile):
             values = self._gather(heads.group, k_rows[..., begin : begin + tile] + 1)
             first_key = begin * block_size
             _clear_hidden(values.view(num_seqs, num_heads, -1, head_dim), bucket, first_key)
-            out.baddbmm_(weights[..., first_key : first_key + values.shape[1]], values)
-        return out.view(num_seqs, num_heads, group_size, head_dim)
+            out += torch.bmm(weights[..., first_key : first_key + values.shape[1]], values)
+        return out.view(num_seqs, num_heads, group_size, head_dim).to(query.dtype)
 
     def _prefill(
         self,
@@ -172,7 +174,7 @@ class TorchAttention:
                     scale=logits.sm_scale,
                 )
             else:
-                scores = torch.matmul(rows, tile_keys[:, None].transpose(2, 3))
+                scores = torch.matmul(rows * logits.sm_scale, tile_keys[:, None].transpose(2, 3))
                 weights = logits.softmax(scores, ~mask, pages.dtype)
                 result = torch.matmul(weights, tile_values[:, None])
             out[tile.start : tile.end] = result.permute(2, 0, 1, 3)
@@ -187,7 +189,7 @@ class TorchAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Logits:
-    """Scale, cap, mask and normalise, with learned sinks [heads, group_size, 1, 1] if there are."""
+    """Cap, mask and normalise, with learned sinks [heads, group_size, 1, 1] if there are."""
 
     sm_scale: float
     softcap: float | None
@@ -204,11 +206,11 @@ class _Logits:
         """Attention weights.
 
         Args:
-            scores: [..., heads, group_size, num_rows, num_keys], q.k.
+            scores: [..., heads, group_size, num_rows, num_keys], sm_scale * q.k.
             hidden: bool, broadcast over the scores.
             dtype: Of the result; the sum is taken in float32.
         """
-        scores = scores.float().mul_(self.sm_scale)
+        scores = scores.float()
         if self.softcap is not None:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
         scores.masked_fill_(hidden, -math.inf)

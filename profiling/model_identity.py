@@ -104,7 +104,8 @@ def _digest(fields: dict[str, JsonValue]) -> str:
 def _canonical(value: JsonValue) -> JsonValue:
     """Makes equal numbers equal text: a checkpoint may say 10000 where another says 10000.0."""
     if isinstance(value, dict):
-        return {str(key): _canonical(item) for key, item in value.items()}
+        # A setting that is None is one that another version of transformers may not write.
+        return {str(key): _canonical(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_canonical(item) for item in value]
     if isinstance(value, int) and not isinstance(value, bool):

@@ -17,7 +17,7 @@ from headlong.server.engine.describe import describe
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.sampling_params import SamplingParams
-from headlong.server.errors import EngineDeadError, HeadlongError
+from headlong.server.errors import EngineDeadError, HeadlongError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,8 @@ class AsyncEngine:
         """
         if not self.is_alive or self._stopping:
             raise EngineDeadError("the engine is not running")
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
         events: asyncio.Queue[_Event] = asyncio.Queue()
         self._streams[request_id] = events
         self._commands.put(_Add(request_id, prompt_token_ids, params))

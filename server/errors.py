@@ -70,14 +70,6 @@ class UnsupportedMediaTypeError(HeadlongError):
     code = "unsupported_media_type"
 
 
-class QueueFullError(HeadlongError):
-    """The bounded queue is full."""
-
-    status = 429
-    type = "rate_limit_error"
-    code = "queue_full"
-
-
 class EngineDeadError(HeadlongError):
     """The engine stopped on an unexpected error; nothing can be served any more."""
 

@@ -122,5 +122,7 @@ def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:
                 f"the keys of logit_bias must be token ids, got {shorten(key, 40)!r}", "logit_bias"
             )
     token_ids = {int(key): value for key, value in bias.items()}
+    if len(token_ids) != len(bias):
+        raise InvalidRequestError("logit_bias names a token id twice", "logit_bias")
     check_token_ids(token_ids, vocab_size, "logit_bias")
     return token_ids

@@ -127,6 +127,8 @@ def headlong_attention(
             raise ConfigError(f"the model's attention needs {name!r}, which is not supported")
     if attention_mask is not None:
         raise ConfigError("the model passes an attention mask of its own, which is not supported")
+    if getattr(module, "is_causal", True) is False:
+        raise ConfigError("the model attends in both directions, which is not supported")
     layer = module.layer_idx
     if not isinstance(layer, int):
         raise ConfigError(f"{type(module).__name__} does not say which layer it is")
@@ -155,7 +157,6 @@ _HARMLESS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "return_dict",
-        "is_causal",
     }
 )
 

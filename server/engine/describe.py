@@ -48,6 +48,8 @@ def _memory_lines(plan: MemoryPlan, max_model_len: int) -> list[str]:
     held = "any number of" if plan.cache_tokens is None else f"{plan.cache_tokens}"
     return [
         *lines,
+        f"  a sequence takes {format_bytes(shape.constant_sequence_bytes)} of windows and sinks "
+        f"and {shape.growing_token_bytes} B for each token of context",
         f"  holds {held} tokens of context in all, {max_model_len} in one sequence",
         f"  one sequence of {max_model_len} tokens takes {format_bytes(own)}; "
         f"a full cache would need {format_bytes(full)} ({full / own:.2f} times as much) "

@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT_TOKENS = 6
+MAX_PENDING_TOKENS = 64
+"""Tokens that may wait for the rest of a character: bytes that never make one must not pile up."""
 
 
 class Detokenizer:
@@ -32,12 +34,15 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
         self._shown = len(self._ids)
+        # A prompt of token ids may end inside a character: that one is still to be shown.
+        while self._shown and self._decode(self._ids[: self._shown]).endswith(REPLACEMENT):
+            self._shown -= 1
 
     def push(self, token_id: int) -> str:
         """Text that a token completes; may be empty."""
         self._ids.append(token_id)
         text = self._pending()
-        if text.endswith(REPLACEMENT):
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._shown < MAX_PENDING_TOKENS:
             return ""
         self._advance()
         return text

@@ -1,5 +1,6 @@
 """The engine: a model, its cache and its scheduler, advanced one step at a time."""
 
+import logging
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -23,7 +24,9 @@ from headlong.server.engine.sampler import SampledToken, sample
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
 from headlong.server.engine.sequence import Sequence
-from headlong.server.errors import ContextLengthError, InvalidRequestError
+from headlong.server.errors import ConfigError, ContextLengthError, InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -53,7 +56,13 @@ class Engine:
         self.plan, layout = plan_arena(config, self.model, self.groups)
         self.max_model_len = self.plan.max_sequence_tokens
         self.cache = KVCache(self.groups, layout)
-        self.arena = Arena(layout, self.model.device)
+        assert self.cache.fits(self.max_model_len), "a sequence that cannot run would wait for ever"
+        try:
+            self.arena = Arena(layout, self.model.device)
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(
+                f"cannot allocate {layout.total_bytes} bytes of KV cache", "kv_cache_memory_bytes"
+            ) from error
         self._attention = TorchAttention(self.arena.memory, layout, self.model.geometry.num_q_heads)
         self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
         self._sequences: dict[str, Sequence] = {}
@@ -105,7 +114,7 @@ class Engine:
             prompt_token_ids,
             params,
             self.tokenizer,
-            seed=self.config.seed + self._num_requests,
+            seed=(self.config.seed + self._num_requests) % 2**63,
             device=self.model.device,
         )
         self._num_requests += 1
@@ -132,10 +141,30 @@ class Engine:
         logits = self._forward(chunks, ready)
         self.scheduler.advance(chunks)
         sequences = [chunk.sequence for chunk in ready]
-        tokens = sample(logits, sequences, self.model.eos_token_ids) if sequences else []
+        if not sequences:
+            return []
+        try:
+            tokens = sample(logits, sequences, self.model.eos_token_ids)
+        except Exception:
+            # One request's parameters must not end the others: find whose they are.
+            return [
+                self._advance_alone(row[None], sequence)
+                for row, sequence in zip(logits, sequences, strict=True)
+            ]
         return [
             self._extend(sequence, token) for sequence, token in zip(sequences, tokens, strict=True)
         ]
+
+    def _advance_alone(self, logits: torch.Tensor, sequence: Sequence) -> RequestOutput:
+        """Sample for one sequence; if that fails, it alone is aborted."""
+        try:
+            (token,) = sample(logits, [sequence], self.model.eos_token_ids)
+        except Exception as error:
+            logger.exception("request %s failed and was aborted", sequence.request_id)
+            sequence.finish_reason = "abort"
+            self._forget(sequence)
+            return self._output(sequence, error=f"sampling failed: {error}")
+        return self._extend(sequence, token)
 
     def _forward(self, chunks: list[ScheduledChunk], ready: list[ScheduledChunk]) -> torch.Tensor:
         """Logits of the last token of each ready chunk, [len(ready), vocab_size]."""
@@ -159,18 +188,32 @@ class Engine:
     def _extend(self, sequence: Sequence, token: SampledToken) -> RequestOutput:
         text = sequence.append(token.token_id, self.model.eos_token_ids, self.max_model_len)
         if sequence.finished:
-            del self._sequences[sequence.request_id]
-            self.scheduler.remove(sequence)
+            self._forget(sequence)
+        return self._output(sequence, text, token)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self.scheduler.remove(sequence)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        text: str = "",
+        token: SampledToken | None = None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        reported = token is not None and token.logprob is not None
         return RequestOutput(
             request_id=sequence.request_id,
             text=text,
-            token_ids=(token.token_id,),
-            logprobs=None if token.logprob is None else (self._logprobs(token),),
+            token_ids=() if token is None else (token.token_id,),
+            logprobs=(self._logprobs(token),) if token is not None and reported else None,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=0,
             num_completion_tokens=sequence.num_output_tokens,
+            error=error,
         )
 
     def _logprobs(self, token: SampledToken) -> PositionLogprobs:

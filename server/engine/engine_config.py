@@ -65,6 +65,7 @@ class EngineConfig:
         check(not both, "threshold", "left out when sparsity is given")
         check(self.sink_size is None or self.sink_size >= 0, "sink_size", "0 or more")
         check(self.window_size is None or self.window_size >= 1, "window_size", "at least 1")
+        check(0 <= self.seed < 2**63, "seed", "in 0 to 2**63 - 1")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(self.max_num_seqs >= 1, "max_num_seqs", "at least 1")
         # Every running sequence must be able to decode in every step.

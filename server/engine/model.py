@@ -120,7 +120,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
             feature that is not supported, which the message names.
     """
     device = _choose_device(config.device)
-    if config.model.startswith(("/", ".", "~")) and not Path(config.model).is_dir():
+    if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
         raise ConfigError(f"cannot load model {config.model!r}: there is no such folder", "model")
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": config.model,
@@ -145,6 +145,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     module.set_attn_implementation(ATTENTION_NAME)
     module.eval().requires_grad_(False).to(device)
     text_config = module.config.get_text_config()
+    _check_layer_types(text_config)
     generation = module.generation_config
     return LoadedModel(
         module=module,
@@ -159,18 +160,36 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
 
 
+def _check_layer_types(config: PretrainedConfig) -> None:
+    """Refuse what lives in transformers' masks alone, where the probe would not see it."""
+    kinds: set[str] = {*(getattr(config, "layer_types", None) or ())}
+    kinds -= {"full_attention", "sliding_attention"}
+    if getattr(config, "attention_chunk_size", None) is not None:
+        kinds.add("chunked_attention")
+    if kinds:
+        raise ConfigError(f"layers of type {', '.join(sorted(kinds))} are not supported")
+
+
 def _probe(module: nn.Module, device: torch.device) -> ModelGeometry:
     """Run two tokens and see what each layer asks of attention."""
     probe = AttentionProbe()
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    with torch.inference_mode():
-        module(
-            input_ids=tokens,
-            position_ids=torch.arange(2, device=device)[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor([1], device=device),
-            paged=probe,
-        )
+    try:
+        with torch.inference_mode():
+            module(
+                input_ids=tokens,
+                position_ids=torch.arange(2, device=device)[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor([1], device=device),
+                paged=probe,
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise ConfigError(
+            f"{type(module).__name__} does not run without a cache of its own over a packed "
+            f"batch: {_first_line(error)}"
+        ) from error
     calls = [probe.calls[layer] for layer in sorted(probe.calls)]
     config = module.config.get_text_config()  # type: ignore[union-attr, operator]
     if sorted(probe.calls) != list(range(config.num_hidden_layers)):
@@ -222,7 +241,8 @@ def _eos_token_ids(
     found: set[int] = set()
     for ids in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
         many = ids if isinstance(ids, list) else [ids]
-        found.update(each for each in many if isinstance(each, int))
+        known = (each for each in many if isinstance(each, int))
+        found.update(each for each in known if 0 <= each < config.vocab_size)
     return frozenset(found)
 
 

@@ -84,9 +84,10 @@ def _draw(logits: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
 
     def column(name: str) -> torch.Tensor:
         values = [getattr(each.params, name) for each in sequences]
-        return torch.tensor(values, device=logits.device)[:, None]
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    logits = logits / column("temperature")
+    # The largest becomes 0, so that no temperature makes an infinity of it.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / column("temperature")
     top_k, top_p, min_p = column("top_k"), column("top_p"), column("min_p")
     if bool((top_k > 0).any()) or bool((top_p < 1.0).any()):
         ordered, order = logits.sort(dim=-1, descending=True)
@@ -96,7 +97,8 @@ def _draw(logits: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
         probs = torch.softmax(ordered, dim=-1)
         # A token stays while those before it have not reached top_p: the first always stays.
         before = probs.cumsum(dim=-1) - probs
-        ordered = ordered.masked_fill((before >= top_p) & (rank > 0), -torch.inf)
+        beyond = (before >= top_p) & (rank > 0) & (top_p < 1.0)
+        ordered = ordered.masked_fill(beyond, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered)
     probs = torch.softmax(logits, dim=-1)
     if bool((min_p > 0).any()):

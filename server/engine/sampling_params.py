@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from headlong.server.errors import InvalidRequestError
 
+GREEDY_TEMPERATURE = 1e-5
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
@@ -18,7 +19,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Most tokens to generate.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is what is nearly 0.
         top_p: Keep the smallest set of tokens whose probability reaches this.
         top_k: Keep this many tokens; 0 keeps all.
         min_p: Keep tokens at least this probable relative to the most probable one.
@@ -69,10 +70,10 @@ class SamplingParams:
         )
         _check(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "in 0 to 100")
         _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "over 0 and at most 1")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (off) or more, under 2**31")
         _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "in 0 to 1")
         penalty = self.repetition_penalty
-        _check(0.0 < penalty <= 100.0, "repetition_penalty", penalty, "over 0 and at most 100")
+        _check(0.01 <= penalty <= 100.0, "repetition_penalty", penalty, "in 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "in -2 to 2")
         seed_fits = self.seed is None or -(2**63) <= self.seed < 2**64
@@ -101,7 +102,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_TEMPERATURE
 
 
 def _check(holds: bool, param: str, value: object, want: str) -> None:

@@ -124,8 +124,27 @@ def test_bad_input_is_refused_and_the_server_goes_on(
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_leave_free_their_blocks(url: str, engine: Engine, stream: bool) -> None:
+def test_clients_that_leave_free_their_blocks(
+    url: str, engine: Engine, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request is seen to run, and is then aborted long before its 1500 tokens."""
     address = urlsplit(url)
+    added, aborted = threading.Semaphore(0), threading.Semaphore(0)
+    add_request, abort = engine.add_request, engine.abort
+    progress: list[int] = []
+
+    def watch_add(*args: object) -> None:
+        add_request(*args)  # type: ignore[arg-type]
+        added.release()
+
+    def watch_abort(request_id: str) -> None:
+        running = [*engine.scheduler.running, *engine.scheduler.waiting]
+        progress.extend(s.num_output_tokens for s in running if s.request_id == request_id)
+        abort(request_id)
+        aborted.release()
+
+    monkeypatch.setattr(engine, "add_request", watch_add)
+    monkeypatch.setattr(engine, "abort", watch_abort)
     body = json.dumps(
         {
             "model": "demo",
@@ -140,7 +159,11 @@ def test_clients_that_leave_free_their_blocks(url: str, engine: Engine, stream: 
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         if stream:
             assert connection.getresponse().readline().startswith(b"data: ")
+        assert added.acquire(timeout=20)
         connection.close()
+        assert aborted.acquire(timeout=20)
+    assert len(progress) == 4
+    assert max(progress) < 1400
 
 
 def test_the_embedded_model_serves_its_profile(engine: Engine) -> None:

@@ -86,6 +86,16 @@ def test_native_windows_softcap_and_sinks() -> None:
     check(case, softcap=3.0, with_sinks=True)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_large_keys(dtype: torch.dtype) -> None:
+    """Products that overflow float16 before they are scaled."""
+    case = build_case(geometry(dtype=dtype, head_dim=128), LENGTHS, seed=8)
+    for query, key in zip(case.query, case.key, strict=True):
+        key.mul_(24)
+        query.copy_(key.repeat_interleave(case.geometry.group_size, dim=1))
+    check(case)
+
+
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile boundaries inside prefill chunks and inside decodes."""
     monkeypatch.setattr(torch_attention, "GATHER_TILE_BYTES", 1)

@@ -33,6 +33,22 @@ def test_an_unfinished_character_shows_at_the_end(tokenizer: PreTrainedTokenizer
     assert detokenizer.finish() == REPLACEMENT
 
 
+def test_a_prompt_that_ends_inside_a_character(tokenizer: PreTrainedTokenizerBase) -> None:
+    first, *rest = tokenizer.encode("€")
+    detokenizer = Detokenizer(tokenizer, [*tokenizer.encode("ab"), first], skip_special_tokens=True)
+    assert "".join(map(detokenizer.push, rest)) == "€"
+
+
+def test_bytes_that_never_make_a_character_do_not_pile_up(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=True)
+    first = tokenizer.encode("€")[0]
+    text = "".join(detokenizer.push(first) for _ in range(500))
+    assert len(text) >= 400
+    assert set(text) == {REPLACEMENT}
+
+
 def test_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     shown = Detokenizer(tokenizer, [], skip_special_tokens=False)
     hidden = Detokenizer(tokenizer, [], skip_special_tokens=True)

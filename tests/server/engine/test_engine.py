@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from headlong.server.engine import engine as engine_module
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
+from headlong.server.engine.sampler import SampledToken
 from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.sequence import Sequence
 from headlong.server.errors import ContextLengthError, InvalidRequestError
 from support.engines import build_engine, greedy, run
 
@@ -147,10 +150,56 @@ def test_sampling_repeats_with_a_seed(engine: Engine) -> None:
     assert run(engine, [PROMPT], other)[0] != first
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_runs(tiny_model: Callable[[str], Path], dtype: str) -> None:
-    """Near the float32 logits, and as good in a batch."""
-    engine = build_engine(tiny_model("llama"), dtype=dtype, max_model_len=64)
-    assert engine.model.dtype is getattr(torch, dtype)
-    tokens = run(engine, [PROMPT, [7, 8, 9]], greedy(6))
-    assert [len(each) for each in tokens] == [6, 6]
+def test_a_request_that_cannot_be_sampled_fails_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(logits: torch.Tensor, sequences: list[Sequence], eos: frozenset[int]) -> object:
+        if any(each.request_id == "bad" for each in sequences):
+            raise RuntimeError("planted")
+        return sample_tokens(logits, sequences, eos)
+
+    sample_tokens = engine_module.sample
+    expected = run(engine, [PROMPT], greedy(6))[0]
+    monkeypatch.setattr(engine_module, "sample", sample)
+    engine.add_request("bad", PROMPT, greedy(6))
+    engine.add_request("good", PROMPT, greedy(6))
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    bad = [output for output in outputs if output.request_id == "bad"]
+    assert [(each.finish_reason, each.error) for each in bad] == [
+        ("abort", "sampling failed: planted")
+    ]
+    good = [token for each in outputs if each.request_id == "good" for token in each.token_ids]
+    assert good == expected
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_half_precision_is_near_float32(
+    tiny_model: Callable[[str], Path],
+    dtype: str,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits of the first tokens, from a prefill and from a decode, alone and in a batch."""
+    seen: list[torch.Tensor] = []
+
+    def sample(logits: torch.Tensor, sequences: list[Sequence], eos: frozenset[int]) -> object:
+        seen.extend(logits.clone())
+        forced = [7 if each.num_output_tokens == 0 else 8 for each in sequences]
+        return [SampledToken(token) for token in forced]
+
+    monkeypatch.setattr(engine_module, "sample", sample)
+
+    def logits_of(dtype: str, prompts: list[list[int]]) -> torch.Tensor:
+        seen.clear()
+        run(build_engine(tiny_model("llama"), dtype=dtype, max_model_len=64), prompts, greedy(2))
+        return torch.stack(seen[-2 * len(prompts) :])
+
+    exact = logits_of("float32", [PROMPT])
+    alone = logits_of(dtype, [PROMPT])
+    batch = logits_of(dtype, [PROMPT, [9, 9, 9]])[::2]
+    for near in (alone, batch):
+        assert not near.isnan().any()
+        assert (near - exact).norm() / exact.norm() <= tolerance

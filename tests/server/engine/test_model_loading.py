@@ -57,6 +57,26 @@ def test_dynamic_rope_is_refused_by_name(copy: Path) -> None:
     refused(copy, "dynamic RoPE")
 
 
+def test_chunked_attention_is_refused_by_name(copy: Path) -> None:
+    edit_config(copy, attention_chunk_size=16)
+    refused(copy, "chunked_attention")
+
+
+def test_a_model_whose_own_code_fails_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.Qwen3MLP.forward", fail)
+    refused(copy, "Qwen3ForCausalLM does not run.*planted")
+
+
+def test_seed_out_of_range() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        EngineConfig(model="m", seed=2**63)
+
+
 def test_context_longer_than_the_model(copy: Path) -> None:
     refused(copy, "made for 2048", max_model_len=4096)
 

@@ -73,6 +73,24 @@ def test_truncation(draws: Draws, params: dict[str, float], allowed: set[int]) -
     assert set(draws(LOGITS, **params)) == allowed
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-320, 1.1e-5])
+def test_a_temperature_of_nearly_nothing_is_greedy(draws: Draws, temperature: float) -> None:
+    assert set(draws([5.0, 80.0, -3.0], temperature=temperature)) == {1}
+
+
+def test_a_mate_that_truncates_leaves_other_rows_alone(draws: Draws) -> None:
+    """Of a large vocabulary the tail is small, and still there: top_p of 1 drops nothing."""
+    params = SamplingParams(seed=11, temperature=1.0)
+    mate = SamplingParams(seed=12, top_p=0.5)
+    row = torch.full((1, 150_000), -20.0)
+    row[0, 0] = 0.0
+    alone, together, other = draws.sequence(params), draws.sequence(params), draws.sequence(mate)
+    for _ in range(5):
+        expected = sample(row.clone(), [alone], EOS)[0].token_id
+        pair = sample(torch.cat([row, row]), [other, together], EOS)
+        assert pair[1].token_id == expected
+
+
 def test_a_seed_repeats_and_batch_mates_do_not_matter(draws: Draws) -> None:
     params = SamplingParams(seed=11, temperature=1.3, top_p=0.9)
     mate = SamplingParams(seed=12, top_k=2)
@@ -128,6 +146,8 @@ def test_logprobs_are_the_models_own(draws: Draws) -> None:
         {"top_p": 0.0},
         {"top_p": float("inf")},
         {"top_k": -1},
+        {"top_k": 2**31},
+        {"repetition_penalty": 1e-40},
         {"min_p": 1.5},
         {"max_tokens": 0},
         {"min_tokens": 17},
