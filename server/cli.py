@@ -41,16 +41,20 @@ def serve(
     model: Annotated[
         str | None, typer.Argument(help="Folder or hub id; the embedded demo model by default.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one. Default 8000.")
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name of the model in the API; may be repeated.")
     ] = None,
     max_body_bytes: Annotated[
-        int | None, typer.Option(help="Most bytes of a request's body.")
+        int | None, typer.Option(help="Most bytes of a request's body. Default 32 MiB.")
     ] = None,
     shutdown_timeout: Annotated[
-        int | None, typer.Option(help="Seconds that running requests get at shutdown.")
+        int | None, typer.Option(help="Seconds that running requests get at shutdown. Default 30.")
     ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file that replaces the model's chat template.")

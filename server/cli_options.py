@@ -1,10 +1,19 @@
 """The command line's options for the engine; each sets the `EngineConfig` field of its name."""
 
+from dataclasses import fields
 from typing import Annotated
 
 import typer
 
-from headlong.server.engine.engine_config import DType
+from headlong.server.engine.engine_config import DType, EngineConfig
+
+_DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
+
+
+def _sized(name: str, text: str) -> str:
+    """Help with the default that `EngineConfig` has for a field."""
+    return f"{text} Default {_DEFAULTS[name]}."
+
 
 Profile = Annotated[
     str | None,
@@ -22,16 +31,25 @@ SinkSize = Annotated[int | None, typer.Option(help="First tokens that streaming 
 WindowSize = Annotated[int | None, typer.Option(help="Recent tokens that streaming heads keep.")]
 DTypeOption = Annotated[DType | None, typer.Option(help="Of weights and cache; auto is float32.")]
 Device = Annotated[str | None, typer.Option(help="auto or cpu.")]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens of a cache page.")]
+BlockSize = Annotated[
+    int | None, typer.Option(help=_sized("block_size", "Tokens of a cache page."))
+]
 KVCacheMemoryBytes = Annotated[
-    int | None, typer.Option("--kv-cache-memory-bytes", help="Size of the KV cache.")
+    int | None, typer.Option("--kv-cache-memory-bytes", help="Size of the KV cache. Default 1 GiB.")
 ]
 MaxModelLen = Annotated[
-    int | None, typer.Option(help="Most tokens of prompt and completion together.")
+    int | None,
+    typer.Option(help="Most tokens of prompt and completion together. Default: the model's limit."),
 ]
-MaxNumSeqs = Annotated[int | None, typer.Option(help="Most sequences that run at once.")]
-MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens of one step.")]
-Seed = Annotated[int | None, typer.Option(help="Of requests that bring none of their own.")]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option(help=_sized("max_num_seqs", "Most sequences that run at once."))
+]
+MaxNumBatchedTokens = Annotated[
+    int | None, typer.Option(help=_sized("max_num_batched_tokens", "Most tokens of one step."))
+]
+Seed = Annotated[
+    int | None, typer.Option(help=_sized("seed", "Of requests that bring none of their own."))
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub checkpoint.")]
 TrustRemoteCode = Annotated[
     bool | None,

@@ -15,7 +15,7 @@ PARAMS = greedy(20)
 Build = Callable[..., Engine]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma3", "gpt_oss", "embedded"])
 def build(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],
@@ -76,7 +76,10 @@ def test_preemption(build: Build) -> None:
     engine = build()
     expected = [run(engine, [prompt], params)[0] for prompt in prompts]
     small = build(
-        kv_cache_memory_bytes=200_000, block_size=8, max_num_batched_tokens=64, max_model_len=80
+        kv_cache_memory_bytes=engine.plan.full_sequence_bytes(80) * 13 // 4,
+        block_size=8,
+        max_num_batched_tokens=64,
+        max_model_len=80,
     )
     assert run(small, prompts, params) == expected
     assert small.scheduler.num_preemptions > 0
