@@ -1,7 +1,8 @@
 """From a checkpoint to its head profile."""
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import JsonValue, ValidationError
@@ -58,6 +59,7 @@ def run_profiler(
     threshold: float | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    revision: str | None = None,
     trust_remote_code: bool = False,
     note: str = "",
     created_at: str = "",
@@ -76,6 +78,7 @@ def run_profiler(
         threshold: The profile's default labelling.
         dtype: Of the weights; ``"auto"`` is the checkpoint's.
         device: A PyTorch device; ``"auto"`` is CUDA where there is one, else the CPU.
+        revision: Branch, tag or commit of a checkpoint on the Hub.
         trust_remote_code: Whether code that the checkpoint brings may run.
         note: Free text for the profile's provenance.
         created_at: When, as it is to be stated; empty leaves it out, and then equal inputs give
@@ -87,7 +90,8 @@ def run_profiler(
             cannot be measured, or the measurement gave no scores.
     """
     on_device = _device(device)
-    config = _load_config(model_path, trust_remote_code)
+    source = _Source(model_path, revision, trust_remote_code)
+    config = _load_config(source)
     identity = ModelIdentity.from_config(config)
 
     def profile_of(measured: Measurement) -> HeadProfile:
@@ -108,8 +112,8 @@ def run_profiler(
         profile_of(Measurement(unmeasured))
     except ValidationError as error:
         raise ProfilingError(describe_fault(error)) from error
-    tokenizer = _load_tokenizer(model_path, trust_remote_code)
-    model = _load_model(model_path, dtype, on_device, trust_remote_code)
+    tokenizer = _load_tokenizer(source)
+    model = _load_model(source, dtype, on_device)
     return profile_of(scorer.score(model, tokenizer, progress))
 
 
@@ -125,29 +129,37 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_config(model_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Which checkpoint, and what it may do."""
+
+    path: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def _load_config(source: _Source) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source.path, **source.options)
     except _LOADING_ERRORS as error:
-        raise _loading_failed(model_path, "config", error) from error
+        raise _loading_failed(source, "config", error) from error
 
 
-def _load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: _Source) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source.path, **source.options)
     except _LOADING_ERRORS as error:
-        raise _loading_failed(model_path, "tokenizer", error) from error
+        raise _loading_failed(source, "tokenizer", error) from error
 
 
-def _load_model(
-    model_path: str, dtype: Dtype, device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
+def _load_model(source: _Source, dtype: Dtype, device: torch.device) -> PreTrainedModel:
     try:
         loaded: object = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            source.path, dtype=dtype, output_loading_info=True, **source.options
         )
         model, loading = cast("tuple[torch.nn.Module, dict[str, set[str]]]", loaded)
         missing = sorted(loading["missing_keys"])
@@ -156,9 +168,9 @@ def _load_model(
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         return cast(PreTrainedModel, model.to(device))
     except (*_LOADING_ERRORS, RuntimeError) as error:
-        raise _loading_failed(model_path, "model", error) from error
+        raise _loading_failed(source, "model", error) from error
 
 
-def _loading_failed(model_path: str, part: str, error: Exception) -> ProfilingError:
+def _loading_failed(source: _Source, part: str, error: Exception) -> ProfilingError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return ProfilingError(f"{model_path}: the {part} cannot be loaded: {reason}")
+    return ProfilingError(f"{source.path}: the {part} cannot be loaded: {reason}")

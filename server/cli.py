@@ -223,6 +223,7 @@ def profile(
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     note: Annotated[str, typer.Option(help="Free text for the profile.")] = "",
+    revision: opt.Revision = None,
     trust_remote_code: opt.TrustRemoteCode = None,
 ) -> None:
     """Score a model's KV heads and write its head profile."""
@@ -249,6 +250,7 @@ def profile(
             device=device,
             trust_remote_code=bool(trust_remote_code),
             note=note,
+            revision=revision,
             progress=progress,
         )
     made.save(output)
