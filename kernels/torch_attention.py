@@ -123,9 +123,11 @@ class TorchAttention:
         # Scaled before the product: in float16 an unscaled logit can overflow.
         rows = query[:, :, bucket.rows].permute(2, 0, 1, 3) * logits.sm_scale
         rows = rows.reshape(-1, group_size, head_dim)
+        # One buffer for every tile, so that it stays in the CPU's cache.
+        scratch = pages.new_empty(num_seqs * num_heads * tile, block_size * head_dim)
         scores = rows.new_empty(num_seqs * num_heads, group_size, num_keys)
         for begin in range(0, num_blocks, tile):
-            keys = self._gather(heads.group, k_rows[..., begin : begin + tile])
+            keys = self._gather(heads.group, k_rows[..., begin : begin + tile], scratch)
             span = slice(begin * block_size, (begin + tile) * block_size)
             scores[..., span] = torch.bmm(rows, keys.transpose(1, 2))
         shaped = scores.view(num_seqs, num_heads, group_size, 1, num_keys)
@@ -134,7 +136,7 @@ class TorchAttention:
 
         out = torch.zeros(num_seqs * num_heads, group_size, head_dim)
         for begin in range(0, num_blocks, tile):
-            values = self._gather(heads.group, k_rows[..., begin : begin + tile] + 1)
+            values = self._gather(heads.group, k_rows[..., begin : begin + tile] + 1, scratch)
             first_key = begin * block_size
             _clear_hidden(values.view(num_seqs, num_heads, -1, head_dim), bucket, first_key)
             out += torch.bmm(weights[..., first_key : first_key + values.shape[1]], values)
@@ -179,11 +181,15 @@ class TorchAttention:
                 result = torch.matmul(weights, tile_values[:, None])
             out[tile.start : tile.end] = result.permute(2, 0, 1, 3)
 
-    def _gather(self, group: int, rows: torch.Tensor) -> torch.Tensor:
+    def _gather(
+        self, group: int, rows: torch.Tensor, scratch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """K or V pages side by side: [..., blocks] indices give [-1, keys, head_dim]."""
         pages = self._pages[group]
         block_size, head_dim = pages.shape[3:]
-        flat = pages.view(-1, block_size * head_dim).index_select(0, rows.reshape(-1))
+        index = rows.reshape(-1)
+        out = None if scratch is None else scratch[: len(index)]
+        flat = torch.index_select(pages.view(-1, block_size * head_dim), 0, index, out=out)
         return flat.view(-1, rows.shape[-1] * block_size, head_dim)
 
 
