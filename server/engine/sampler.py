@@ -30,7 +30,7 @@ def sample(
     """Choose the next token of each sequence.
 
     Args:
-        logits: float32 [num_sequences, vocab_size]; may be overwritten.
+        logits: float32 [num_sequences, vocab_size]; left as they are.
         sequences: Whose they are.
         eos_token_ids: Tokens that `min_tokens` holds off.
 
@@ -40,8 +40,11 @@ def sample(
     """
     reports = [row for row, each in enumerate(sequences) if each.params.logprobs is not None]
     raw = torch.log_softmax(logits[reports], dim=-1) if reports else None
-    for row, sequence in enumerate(sequences):
-        _adjust(logits[row], sequence, eos_token_ids)
+    adjusted = [row for row, each in enumerate(sequences) if _is_adjusted(each)]
+    if adjusted:
+        logits = logits.clone()
+    for row in adjusted:
+        _adjust(logits[row], sequences[row], eos_token_ids)
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, each in enumerate(sequences) if not each.params.greedy]
     if drawn:
@@ -51,6 +54,17 @@ def sample(
         for line, row in zip(raw, reports, strict=True):
             tokens[row] = _report(line, tokens[row].token_id, sequences[row].params.logprobs or 0)
     return tokens
+
+
+def _is_adjusted(sequence: Sequence) -> bool:
+    params = sequence.params
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or bool(params.logit_bias)
+        or sequence.num_output_tokens < params.min_tokens
+    )
 
 
 def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:

@@ -154,15 +154,17 @@ def test_a_request_that_cannot_be_sampled_fails_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sample(logits: torch.Tensor, sequences: list[Sequence], eos: frozenset[int]) -> object:
+        tokens = sample_tokens(logits, sequences, eos)
         if any(each.request_id == "bad" for each in sequences):
             raise RuntimeError("planted")
-        return sample_tokens(logits, sequences, eos)
+        return tokens
 
     sample_tokens = engine_module.sample
-    expected = run(engine, [PROMPT], greedy(6))[0]
+    params = SamplingParams(max_tokens=6, temperature=0.0, frequency_penalty=2.0, ignore_eos=True)
+    expected = run(engine, [PROMPT], params)[0]
     monkeypatch.setattr(engine_module, "sample", sample)
     engine.add_request("bad", PROMPT, greedy(6))
-    engine.add_request("good", PROMPT, greedy(6))
+    engine.add_request("good", PROMPT, params)
     outputs: list[RequestOutput] = []
     while engine.has_work:
         outputs += engine.step()

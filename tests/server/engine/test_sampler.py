@@ -120,6 +120,13 @@ def test_penalties(draws: Draws) -> None:
     assert chosen([2.0, 1.5, 0.0], (), logit_bias={2: 5.0}) == 2
 
 
+def test_the_logits_given_are_left_as_they_are(draws: Draws) -> None:
+    sequence = draws.sequence(SamplingParams(logit_bias={1: 5.0}, seed=1))
+    logits = torch.tensor([LOGITS])
+    sample(logits, [sequence], EOS)
+    assert torch.equal(logits, torch.tensor([LOGITS]))
+
+
 def test_minimum_length_holds_off_the_end(draws: Draws) -> None:
     params = SamplingParams(temperature=0.0, min_tokens=1, stop_token_ids=(3,))
     sequence = draws.sequence(params)
