@@ -114,9 +114,7 @@ class TorchAttention:
         pages = self._pages[heads.group]
         block_size = pages.shape[3]
         num_keys = num_blocks * block_size
-        # [num_seqs, heads, blocks]: each page's row in the region seen as whole Ks and Vs.
-        first = torch.arange(heads.first_page, heads.first_page + num_heads)
-        k_rows = (bucket.blocks * pages.shape[1] + first[:, None]) * 2
+        k_rows = self._key_rows(heads, bucket.blocks)
         tile = GATHER_TILE_BYTES // (num_seqs * num_heads * block_size * head_dim * pages.itemsize)
         tile = max(1, min(tile, num_blocks))
 
@@ -153,8 +151,7 @@ class TorchAttention:
         """Attention of a chunk, written into `out` [total_tokens, heads, group_size, head_dim]."""
         num_heads, group_size, _, head_dim = query.shape
         pages = self._pages[heads.group]
-        first = torch.arange(heads.first_page, heads.first_page + num_heads)
-        k_rows = (chunk.blocks * pages.shape[1] + first[:, None]) * 2
+        k_rows = self._key_rows(heads, chunk.blocks)
         keys = self._gather(heads.group, k_rows)
         values = self._gather(heads.group, k_rows + 1)
         for tile in chunk.tiles:
@@ -180,6 +177,19 @@ class TorchAttention:
                 weights = logits.softmax(scores, ~mask, pages.dtype)
                 result = torch.matmul(weights, tile_values[:, None])
             out[tile.start : tile.end] = result.permute(2, 0, 1, 3)
+
+    def _key_rows(self, heads: LayerHeads, blocks: torch.Tensor) -> torch.Tensor:
+        """Row of each page's K in the region seen as whole Ks and Vs; its V is the next row.
+
+        Args:
+            heads: Whose pages.
+            blocks: int64 [..., blocks], where the axis before the last broadcasts over heads.
+
+        Returns:
+            int64 [..., heads, blocks].
+        """
+        pages = torch.arange(heads.first_page, heads.first_page + len(heads.kv_heads))
+        return (blocks * self.layout.group_pages[heads.group] + pages[:, None]) * 2
 
     def _gather(
         self, group: int, rows: torch.Tensor, scratch: torch.Tensor | None = None
