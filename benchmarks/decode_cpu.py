@@ -30,6 +30,7 @@ from headlong.profiling.head_profile import HeadProfile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
 CONFIG = LlamaConfig(
@@ -111,7 +112,7 @@ def engine_side(
     prompt = torch.randint(CONFIG.vocab_size, (context,)).tolist()
 
     def measure() -> list[float]:
-        engine.add_request("r", prompt[:1], params)
+        engine.add_request(EngineRequest("r", prompt[:1], params))
         # A context of which all but the last token counts as computed: blocks, no forward pass.
         sequence = engine.scheduler.waiting[0]
         sequence.token_ids[:] = prompt

@@ -26,6 +26,7 @@ from gpu_models import (
 from gpu_session import Entry, Session
 
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
 PART = "decode"
@@ -124,7 +125,7 @@ def place_context(engine: Engine, context: int, num_steps: int) -> None:
     """Queue a request all of whose prompt but the last token counts as computed."""
     params = SamplingParams(max_tokens=num_steps, temperature=0.0, ignore_eos=True)
     prompt = torch.randint(engine.model.vocab_size, (context,)).tolist()
-    engine.add_request("decode", prompt[:1], params)
+    engine.add_request(EngineRequest("decode", prompt[:1], params))
     scheduler = engine.scheduler
     (sequence,) = scheduler.waiting
     sequence.token_ids[:] = prompt

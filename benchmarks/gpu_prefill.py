@@ -23,6 +23,7 @@ from gpu_models import (
 from gpu_paged import Chunk, visible_pairs
 from gpu_session import Entry, Session
 
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
 PART = "prefill"
@@ -99,7 +100,9 @@ def prefill(session: Session, models: Models, cell: Cell) -> Entry:
     session.device.synchronize()
     start = time.perf_counter()
     engine.add_request(
-        "prefill", prompt, SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        EngineRequest(
+            "prefill", prompt, SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        )
     )
     (sequence,) = engine.scheduler.waiting
     while engine.has_work:

@@ -15,6 +15,7 @@ import resource
 from headlong.demo.paths import MODEL_DIR
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
 
@@ -42,7 +43,7 @@ def serve(engine: Engine, num_requests: int, longest_prompt: int, seed: int) -> 
         while left and len(open_requests) < 32:
             length = min(longest_prompt, int(rng.paretovariate(0.7) * 16))
             prompt = [rng.randrange(engine.model.vocab_size) for _ in range(length)]
-            engine.add_request(str(started), prompt, random_params(rng))
+            engine.add_request(EngineRequest(str(started), prompt, random_params(rng)))
             open_requests.add(str(started))
             left, started = left - 1, started + 1
         for output in engine.step():

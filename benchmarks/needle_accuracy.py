@@ -23,6 +23,7 @@ from headlong.profiling.evaluation import needle_accuracy
 from headlong.profiling.head_profile import HeadProfile
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
 
@@ -56,7 +57,7 @@ class Side:
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
-        self.engine.add_request("needle", prompt, params)
+        self.engine.add_request(EngineRequest("needle", prompt, params))
         text = ""
         first = True
         while self.engine.has_work:

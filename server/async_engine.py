@@ -8,7 +8,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from headlong.server.engine.describe import describe
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
-from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.request import EngineRequest
 from headlong.server.errors import EngineDeadError, HeadlongError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Add:
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
+    request: EngineRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +105,11 @@ class AsyncEngine:
         """Return when the engine has died of an error; the process should end then."""
         await self._dead.wait()
 
-    async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream one completion. Closing the generator aborts the request.
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
+        """Stream one request. Closing the generator aborts it.
 
         Args:
-            prompt_token_ids: The prompt.
-            params: How to sample and when to stop.
-            request_id: Unlike that of any request in progress.
+            request: Its id must be unlike that of any request in progress.
 
         Yields:
             One output a token; the last has a finish reason.
@@ -124,13 +118,14 @@ class AsyncEngine:
             InvalidRequestError: The request cannot be served, and why.
             EngineDeadError: The engine died, or is stopping.
         """
+        request_id = request.request_id
         if not self.is_alive or self._stopping:
             raise EngineDeadError("the engine is not running")
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         events: asyncio.Queue[_Event] = asyncio.Queue()
         self._streams[request_id] = events
-        self._commands.put(_Add(request_id, prompt_token_ids, params))
+        self._commands.put(_Add(request))
         finished = False
         try:
             while not finished:
@@ -169,12 +164,12 @@ class AsyncEngine:
                     return False
                 case _Abort(request_id):
                     self._engine.abort(request_id)
-                case _Add(request_id, prompt_token_ids, params):
+                case _Add(request):
                     try:
-                        self._engine.add_request(request_id, prompt_token_ids, params)
+                        self._engine.add_request(request)
                     except HeadlongError as error:
                         assert self._loop is not None
-                        self._loop.call_soon_threadsafe(self._send, request_id, error)
+                        self._loop.call_soon_threadsafe(self._send, request.request_id, error)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

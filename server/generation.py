@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headlong.server.engine.outputs import PositionLogprobs, RequestOutput
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.errors import RequestAbortedError
 from headlong.server.fan_in import fan_in
@@ -99,7 +100,7 @@ class Generation:
             HeadlongError: The engine refused a prompt, gave it up, or died.
         """
         sources = [
-            self._engine.generate(prompt, params, f"{self.id}-{index}")
+            self._engine.generate(EngineRequest(f"{self.id}-{index}", prompt, params))
             for index, (prompt, params) in enumerate(zip(self._prompts, self._params, strict=True))
         ]
         async with aclosing(fan_in(sources)) as outputs:

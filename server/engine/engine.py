@@ -1,7 +1,6 @@
 """The engine: a model, its cache and its scheduler, advanced one step at a time."""
 
 import logging
-from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from headlong.server.engine.head_plan import plan_heads
 from headlong.server.engine.memory import arena_param, plan_arena
 from headlong.server.engine.model import LoadedModel, load_model
 from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampler import SampledToken, sample
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
@@ -110,20 +110,18 @@ class Engine:
         """Whether steps that only decode run as CUDA graphs."""
         return self._graphs is not None
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: Many[int], params: SamplingParams
-    ) -> None:
+    def add_request(self, request: EngineRequest) -> None:
         """Queue a request.
 
         Args:
-            request_id: Unlike that of any request in progress.
-            prompt_token_ids: The prompt.
-            params: How to sample and when to stop.
+            request: Its id must be unlike that of any request in progress.
 
         Raises:
             InvalidRequestError: The prompt is empty, or a token id is not in the vocabulary.
             ContextLengthError: The prompt leaves no room for a token.
         """
+        request_id, params = request.request_id, request.params
+        prompt_token_ids = request.prompt_token_ids
         if request_id in self._sequences:
             raise InvalidRequestError(f"request id {request_id!r} is in use")
         if not prompt_token_ids:
@@ -278,7 +276,7 @@ class Engine:
         """Run the largest step once, so that memory peaks at start and not while serving."""
         prompt_len = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.add_request("warm-up", [0] * prompt_len, params)
+        self.add_request(EngineRequest("warm-up", [0] * prompt_len, params))
         try:
             while self.has_work:
                 self.step()

@@ -10,6 +10,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 # The kernels' BackendName, stated again: this module must not import PyTorch.
 AttentionBackendName = Literal["auto", "triton", "torch"]
 LoadFormat = Literal["auto", "dummy"]
+UNBOUNDED = 2**31 - 1
+"""The kernels' window of a head that keeps everything, stated again for the same reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,16 @@ class EngineConfig:
         max_model_len: Most tokens of prompt and completion; None is the model's own limit.
         max_num_seqs: Most sequences that run at once.
         max_num_batched_tokens: Most tokens of one step.
+        chunked_prefill_size: Most prompt tokens of a step in which others decode; None is a quarter
+            of `max_num_batched_tokens`.
+        enable_prefix_caching: Keep the blocks of finished requests findable.
+        kv_policy_max_sink_size: Largest sink_size that a request may ask for.
+        kv_policy_max_window_size: Largest window_size that a request may ask for; UNBOUNDED allows
+            the full cache, 0 leaves every request to the profile.
+        kv_policy_tokens: Tokens that requests with a wider policy hold in all, beside the windows
+            of the others; the arena sets memory aside for them.
+        canary_rate: Fraction of finished requests that is scored again over the full cache when
+            the engine is idle.
         seed: Of requests that bring none of their own, and of dummy weights.
         revision: Branch, tag or commit of a hub checkpoint.
         trust_remote_code: Run code that a checkpoint brings along.
@@ -63,6 +75,12 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    chunked_prefill_size: int | None = None
+    enable_prefix_caching: bool = True
+    kv_policy_max_sink_size: int = 1024
+    kv_policy_max_window_size: int = UNBOUNDED
+    kv_policy_tokens: int = 0
+    canary_rate: float = 0.0
     seed: int = 0
     revision: str | None = None
     trust_remote_code: bool = False
@@ -91,6 +109,11 @@ class EngineConfig:
         # Every running sequence must be able to decode in every step.
         least = f"at least max_num_seqs ({self.max_num_seqs})"
         check(self.max_num_batched_tokens >= self.max_num_seqs, "max_num_batched_tokens", least)
+        chunk = self.chunked_prefill_size
+        check(chunk is None or chunk >= 1, "chunked_prefill_size", "at least 1")
+        for name in ("kv_policy_max_sink_size", "kv_policy_max_window_size", "kv_policy_tokens"):
+            check(0 <= getattr(self, name) <= UNBOUNDED, name, f"in 0 to {UNBOUNDED}")
+        check(0.0 <= self.canary_rate <= 1.0, "canary_rate", "in 0 to 1")
         memory = self.kv_cache_memory_bytes
         check(memory is None or memory > 0, "kv_cache_memory_bytes", "over 0")
         fraction = self.gpu_memory_utilization

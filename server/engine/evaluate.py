@@ -19,6 +19,7 @@ from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.model import LoadedModel
 from headlong.server.engine.outputs import RequestOutput
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.token_scores import PagedForward, open_paged_forward
 
@@ -64,7 +65,7 @@ class EngineAnswers:
         progress(done, len(prompts))
         try:
             for index, prompt in enumerate(prompts):
-                self._engine.add_request(str(index), prompt, params)
+                self._engine.add_request(EngineRequest(str(index), prompt, params))
             while self._engine.has_work:
                 for output in self._engine.step():
                     _check(output)

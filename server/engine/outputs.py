@@ -1,6 +1,7 @@
 """What the engine says of a request after a step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -25,10 +26,13 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step added to one request.
+    """What one step added to one completion of a request.
+
+    The first output of a request has no tokens: it says that the request left the queue.
 
     Attributes:
         request_id: Whose it is.
+        index: Which completion of the request it is, from 0.
         text: New text since the last output. Never part of a UTF-8 character, never part of a
             string that may yet turn out to be a stop string.
         token_ids: New tokens, in order. Text of a token may come with a later output.
@@ -37,8 +41,16 @@ class RequestOutput:
         stop_reason: The stop string or stop token id that ended it, if one did.
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: Prompt tokens that were found in the prefix cache.
-        num_completion_tokens: Tokens generated so far.
-        error: Why the request failed, with `finish_reason` "abort".
+        num_completion_tokens: Tokens generated so far, of this completion.
+        error: Why the completion failed, with `finish_reason` "abort".
+        error_code: What kind of failure, "request_aborted" or "deadline_exceeded".
+        queued_s: On the first output of a request, seconds from its arrival to its first step.
+        prompt_logprobs: If asked for, on one output of completion 0: one entry for each token of
+            the prompt but the first, which nothing predicts.
+        cache_misses: On the last output, prompt tokens that the prefix cache did not have, by
+            reason; they and `num_cached_tokens` make up the prompt.
+        kv_bytes_peak: On the last output, most bytes of KV cache that the completion held.
+        kv_bytes_full: On the last output, what a cache that keeps everything would have held.
     """
 
     request_id: str
@@ -50,4 +62,11 @@ class RequestOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_completion_tokens: int
+    index: int = 0
     error: str | None = None
+    error_code: str | None = None
+    queued_s: float | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
+    cache_misses: Mapping[str, int] = field(default_factory=dict)
+    kv_bytes_peak: int = 0
+    kv_bytes_full: int = 0

@@ -7,6 +7,7 @@ from headlong.demo.paths import MODEL_DIR
 from headlong.profiling.evaluation import needle_accuracy
 from headlong.profiling.head_profile import HeadProfile
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 from support.engines import build_engine
 
@@ -20,7 +21,7 @@ def accuracy(engine: Engine) -> float:
         texts = [""] * len(prompts)
         params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0)
         for index, prompt in enumerate(prompts):
-            engine.add_request(str(index), prompt, params)
+            engine.add_request(EngineRequest(str(index), prompt, params))
         while engine.has_work:
             for output in engine.step():
                 texts[int(output.request_id)] += output.text
@@ -57,9 +58,8 @@ def test_bytes_owned_follow_the_policy() -> None:
     prompt = [7] * 1000
     owned: list[int] = []
     for each in (engine, full):
-        each.add_request(
-            "r", prompt, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        )
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        each.add_request(EngineRequest("r", prompt, params))
         while each.step() == []:
             pass
         owned.append(each.cache.owned_bytes)

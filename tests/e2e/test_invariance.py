@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.request import EngineRequest
 from support.engines import build_engine, greedy, random_profile, random_prompts, run
 from support.tiny_models import VOCAB_SIZE
 
@@ -62,7 +63,7 @@ def test_late_arrivals(build: Build, expected: list[list[int]]) -> None:
         if waiting and steps % 3 == 0:
             index = waiting.pop(0)
             tokens[str(index)] = []
-            engine.add_request(str(index), PROMPTS[index], PARAMS)
+            engine.add_request(EngineRequest(str(index), PROMPTS[index], PARAMS))
         for output in engine.step():
             tokens[output.request_id].extend(output.token_ids)
         steps += 1

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 from support.engines import build_engine, random_profile
 from support.tiny_models import VOCAB_SIZE
@@ -30,7 +31,7 @@ def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
 
 
 def serve_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[list[int], str]:
-    engine.add_request("alone", prompt, params)
+    engine.add_request(EngineRequest("alone", prompt, params))
     tokens: list[int] = []
     text = ""
     while engine.has_work:
@@ -63,7 +64,7 @@ def test_storm(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
         for _ in range(rng.randrange(3)):
             if waiting:
                 name = waiting.pop()
-                small.add_request(name, *requests[name])
+                small.add_request(EngineRequest(name, *requests[name]))
                 running.add(name)
         for output in small.step():
             tokens[output.request_id].extend(output.token_ids)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from headlong.server.app import create_app
 from headlong.server.config import ServerConfig
 from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.errors import EngineDeadError
 from headlong.server.listen import bind
@@ -63,9 +64,9 @@ class FakeEngine:
     def describe(self) -> list[str]:
         return ["layer 0 [bold]RS"]
 
-    async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncGenerator[RequestOutput, None]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
+        request_id, prompt_token_ids = request.request_id, request.prompt_token_ids
+        params = request.params
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
         assert request_id not in self.running

@@ -9,6 +9,7 @@ import pytest
 
 from headlong.server.async_engine import AsyncEngine
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.request import EngineRequest
 from headlong.server.errors import ContextLengthError, EngineDeadError
 from support.engines import build_engine, greedy, run
 
@@ -33,7 +34,7 @@ async def running(engine: Engine) -> AsyncIterator[AsyncEngine]:
 async def tokens_of(
     async_engine: AsyncEngine, name: str, prompt: list[int], count: int
 ) -> list[int]:
-    stream = async_engine.generate(prompt, greedy(count), name)
+    stream = async_engine.generate(EngineRequest(name, prompt, greedy(count)))
     return [token async for output in stream for token in output.token_ids]
 
 
@@ -55,7 +56,7 @@ def test_concurrent_streams_equal_the_engine(engine: Engine) -> None:
 def test_closing_a_stream_frees_its_blocks(engine: Engine) -> None:
     async def scenario() -> None:
         async with running(engine) as async_engine:
-            stream = async_engine.generate(PROMPT, greedy(1000), "left")
+            stream = async_engine.generate(EngineRequest("left", PROMPT, greedy(1000)))
             await anext(stream)
             await stream.aclose()
             cancelled = asyncio.create_task(tokens_of(async_engine, "cancelled", PROMPT, 1000))
@@ -88,7 +89,7 @@ def test_death_ends_every_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch
 
     async def scenario() -> None:
         async with running(engine) as async_engine:
-            stream = async_engine.generate(PROMPT, greedy(1000), "victim")
+            stream = async_engine.generate(EngineRequest("victim", PROMPT, greedy(1000)))
             await anext(stream)
             monkeypatch.setattr(engine, "step", explode)
             with pytest.raises(EngineDeadError):
@@ -107,7 +108,7 @@ def test_death_ends_every_stream(engine: Engine, monkeypatch: pytest.MonkeyPatch
 def test_shutdown_ends_streams(engine: Engine) -> None:
     async def scenario() -> None:
         async with running(engine) as async_engine:
-            stream = async_engine.generate(PROMPT, greedy(1000), "open")
+            stream = async_engine.generate(EngineRequest("open", PROMPT, greedy(1000)))
             await anext(stream)
             await async_engine.shutdown()
             with pytest.raises(EngineDeadError, match="shutting down"):

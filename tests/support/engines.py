@@ -10,6 +10,7 @@ from headlong.profiling.head_profile import HeadProfile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
 SINK_SIZE = 5
@@ -64,7 +65,7 @@ def run(
     chosen = params if isinstance(params, Sequence) else [params or greedy()] * len(prompts)
     tokens: Mapping[str, list[int]] = {str(index): [] for index in range(len(prompts))}
     for index, (prompt, each) in enumerate(zip(prompts, chosen, strict=True)):
-        engine.add_request(str(index), prompt, each)
+        engine.add_request(EngineRequest(str(index), prompt, each))
     while engine.has_work:
         for output in engine.step():
             tokens[output.request_id].extend(output.token_ids)

@@ -11,6 +11,7 @@ from headlong.server.engine import engine as engine_module
 from headlong.server.engine.describe import describe
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampler import SampledToken
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.sequence import Sequence
@@ -26,7 +27,7 @@ def engine(tiny_model: Callable[[str], Path]) -> Engine:
 
 
 def outputs_of(engine: Engine, params: SamplingParams) -> list[RequestOutput]:
-    engine.add_request("r", PROMPT, params)
+    engine.add_request(EngineRequest("r", PROMPT, params))
     outputs: list[RequestOutput] = []
     while engine.has_work:
         outputs += engine.step()
@@ -143,10 +144,10 @@ def test_logprobs(engine: Engine) -> None:
 
 
 def test_abort_frees_blocks(engine: Engine) -> None:
-    engine.add_request("running", PROMPT, greedy(20))
-    engine.add_request("also", PROMPT, greedy(20))
+    engine.add_request(EngineRequest("running", PROMPT, greedy(20)))
+    engine.add_request(EngineRequest("also", PROMPT, greedy(20)))
     engine.step()
-    engine.add_request("waiting", PROMPT, greedy(20))
+    engine.add_request(EngineRequest("waiting", PROMPT, greedy(20)))
     assert sum(engine.cache.owned_blocks) > 0
     for request in ("waiting", "running", "also", "unknown"):
         engine.abort(request)
@@ -168,13 +169,13 @@ def test_prompts_that_are_refused(
     engine: Engine, prompt: list[int], error: type[InvalidRequestError], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        engine.add_request("r", prompt, greedy())
+        engine.add_request(EngineRequest("r", prompt, greedy()))
     assert not engine.has_work
 
 
 def test_bias_outside_the_vocabulary_is_refused(engine: Engine) -> None:
     with pytest.raises(InvalidRequestError, match="999999"):
-        engine.add_request("r", PROMPT, SamplingParams(logit_bias={999999: 1.0}))
+        engine.add_request(EngineRequest("r", PROMPT, SamplingParams(logit_bias={999999: 1.0})))
 
 
 def test_sampling_repeats_with_a_seed(engine: Engine) -> None:
@@ -198,8 +199,8 @@ def test_a_request_that_cannot_be_sampled_fails_alone(
     params = SamplingParams(max_tokens=6, temperature=0.0, frequency_penalty=2.0, ignore_eos=True)
     expected = run(engine, [PROMPT], params)[0]
     monkeypatch.setattr(engine_module, "sample", sample)
-    engine.add_request("bad", PROMPT, greedy(6))
-    engine.add_request("good", PROMPT, params)
+    engine.add_request(EngineRequest("bad", PROMPT, greedy(6)))
+    engine.add_request(EngineRequest("good", PROMPT, params))
     outputs: list[RequestOutput] = []
     while engine.has_work:
         outputs += engine.step()

@@ -1,0 +1,124 @@
+"""What the engine says of itself: once what it is, and after every step how it does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupInfo:
+    """One head group and its share of the arena.
+
+    Attributes:
+        name: "retrieval", "streaming", or "sliding-4096".
+        sink_size: First tokens that its heads keep.
+        window_size: Recent tokens that its heads keep; None keeps all.
+        num_heads: KV heads of all layers in it.
+        num_blocks: Its blocks.
+        block_bytes: Bytes of one.
+    """
+
+    name: str
+    sink_size: int
+    window_size: int | None
+    num_heads: int
+    num_blocks: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What does not change after the start.
+
+    Attributes:
+        model: Folder or hub id.
+        max_model_len: Most tokens of prompt and completion of a request.
+        vocab_size: Token ids are 0 to this less one.
+        max_num_seqs: Most completions that run at once.
+        block_size: Tokens of a block.
+        eos_token_ids: Tokens that end a completion.
+        default_sampling: What the model's generation_config asks for, by SamplingParams field.
+        head_groups: [num_layers][num_kv_heads], index into `groups`.
+        groups: The head groups.
+        full_token_bytes: Bytes of one token in a cache that keeps everything for every head.
+        device: Where it runs.
+        dtype: Of the weights.
+        lines: The same for the operator to read.
+    """
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    max_num_seqs: int
+    block_size: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: Mapping[str, float | int]
+    head_groups: tuple[tuple[int, ...], ...]
+    groups: tuple[GroupInfo, ...]
+    full_token_bytes: int
+    device: str
+    dtype: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryStats:
+    """What compression costs on finished requests that were scored again over the full cache.
+
+    Counters since the start.
+
+    Attributes:
+        requests: Requests scored.
+        tokens: Their completion tokens.
+        kl_sum: Sum over these tokens of KL(full || served), in nats.
+        top1_agreed: Tokens whose most probable candidate is the same.
+        skipped: Requests chosen but not scored, by reason.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    kl_sum: float = 0.0
+    top1_agreed: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """How the engine does. Names that end in `_total` only grow.
+
+    Attributes:
+        steps_total: Steps run; progress is seen by this.
+        num_running: Completions that own blocks.
+        num_waiting: Completions in the queue.
+        owned_blocks: Of each group, blocks that running sequences own.
+        cached_blocks: Of each group, blocks without an owner that can still be found.
+        kv_bytes_owned: Bytes of all owned blocks.
+        kv_bytes_full: What a cache that keeps everything would hold for the same sequences.
+        prompt_tokens_total: Prompt tokens computed or found in the prefix cache.
+        generation_tokens_total: Tokens sampled.
+        preemptions_total: Times that blocks were taken from a running sequence.
+        prefix_queries_total: Prompt tokens looked up in the prefix cache.
+        prefix_hits_total: Of these, tokens found.
+        prefix_misses_total: The others, by reason.
+        step_prefill_tokens: Prompt tokens of the last step.
+        step_decode_tokens: Decodes of the last step.
+        step_s: Seconds that the last step took.
+        canary: What compression costs.
+    """
+
+    steps_total: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    owned_blocks: tuple[int, ...] = ()
+    cached_blocks: tuple[int, ...] = ()
+    kv_bytes_owned: int = 0
+    kv_bytes_full: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    prefix_misses_total: Mapping[str, int] = field(default_factory=dict)
+    step_prefill_tokens: int = 0
+    step_decode_tokens: int = 0
+    step_s: float = 0.0
+    canary: CanaryStats = field(default_factory=CanaryStats)
