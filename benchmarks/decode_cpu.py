@@ -114,7 +114,7 @@ def engine_side(
     def measure() -> list[float]:
         engine.add_request(EngineRequest("r", prompt[:1], params))
         # A context of which all but the last token counts as computed: blocks, no forward pass.
-        sequence = engine.scheduler.waiting[0]
+        (sequence,) = engine.scheduler.waiting
         sequence.token_ids[:] = prompt
         sequence.num_prompt_tokens = context
         while sequence.num_pending_tokens > 1:

@@ -102,7 +102,7 @@ def decode(
     times_ms: list[float] = []
     while engine.has_work:
         start = time.perf_counter()
-        (output,) = engine.step()
+        output = engine.step()[-1]
         times_ms.append(1e3 * (time.perf_counter() - start))
         if output.error is not None:
             raise RuntimeError(output.error)

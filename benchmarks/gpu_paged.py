@@ -7,8 +7,9 @@ import gpu_checkout  # noqa: F401
 import torch
 
 from headlong.cache.groups import build_head_groups
-from headlong.cache.kv_cache import KVCache, SequenceCache
+from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.batch import AttentionBatch
 from headlong.kernels.layout import ArenaLayout, PageLayout, build_arena_layout
 from headlong.server.engine.batch import build_attention_batch

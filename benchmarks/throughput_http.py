@@ -14,14 +14,10 @@ import asyncio
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +26,7 @@ from transformers import AutoTokenizer
 
 from headlong.demo.paths import MODEL_DIR
 from headlong.profiling.needles import filler
-
-BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 180
+from local_server import BIN, serving
 
 
 @dataclass(frozen=True)
@@ -70,42 +64,6 @@ def sides() -> list[Side]:
         Side("headlong, all retrieval", (*headlong, "--profile", "none"), "demo"),
         Side("headlong, its profile", headlong, "demo"),
     ]
-
-
-@contextmanager
-def serving(side: Side, log: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            (*side.command, "--port", str(port)), stdout=output, stderr=subprocess.STDOUT
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_ready(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SystemExit(f"the server ended at start, see {log}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise SystemExit(f"the server was not ready in {START_TIMEOUT_S} s, see {log}")
 
 
 def build_prompts(count: int, tokens: int, seed: int) -> list[str]:
@@ -160,7 +118,7 @@ def main() -> None:
     found: dict[str, list[Sample]] = {side.name: [] for side in sides()}
     for turn in range(options.rounds):
         for side in sides():
-            with serving(side, options.log) as url:
+            with serving(side.command, options.log) as url:
                 found[side.name].append(asyncio.run(measure(side, url, options, turn)))
     report(found, options)
 

@@ -1,20 +1,26 @@
-"""Who owns a group's blocks.
+"""Who owns a group's blocks, and which can be found.
 
-a block is      reference count     where it stands
-free            0                   in the free queue
-owned           1 or more           in that many block tables
+a block is      reference count     it can be found     where it stands
+free            0                   no                  in the free queue
+owned           1 or more           if it has a key     in that many block tables
+cached          0                   yes                 among the cached, least recently used first
+
+Free blocks are handed out first, then cached ones, which are forgotten by that.
 """
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+
+REMEMBERED = 4
+"""Keys of evicted blocks that are remembered, as a multiple of the blocks."""
 
 
 class OutOfBlocksError(Exception):
-    """The pool has fewer free blocks than were asked for; nothing was taken."""
+    """The pool has fewer blocks to hand out than were asked for; nothing was taken."""
 
 
 class BlockPool:
-    """Reference counts over the blocks of one head group. Bookkeeping only, no memory.
+    """Reference counts and keys over the blocks of one head group. Bookkeeping only, no memory.
 
     Args:
         num_blocks: Blocks of the group; ids are 0 to num_blocks - 1.
@@ -25,68 +31,136 @@ class BlockPool:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
         self._free = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._counts = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._found: dict[bytes, int] = {}
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody owns."""
-        return len(self._free)
+        """Blocks that nobody owns, cached ones included: all of them can be handed out."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody owns and that can be found."""
+        return len(self._cached)
 
     @property
     def num_owned(self) -> int:
         """Blocks that somebody owns, each counted once."""
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
 
     def allocate(self, count: int) -> list[int]:
-        """Take free blocks; each starts with one owner.
+        """Take blocks without a key; each starts with one owner.
 
         Raises:
-            OutOfBlocksError: Fewer than `count` are free.
+            OutOfBlocksError: Fewer than `count` can be handed out.
         """
-        if count > len(self._free):
-            raise OutOfBlocksError(f"{count} blocks asked for, {len(self._free)} free")
-        blocks = [self._free.popleft() for _ in range(count)]
+        if count > self.num_free:
+            raise OutOfBlocksError(f"{count} blocks asked for, {self.num_free} free")
+        blocks = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._counts[block] = 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add an owner to blocks that have one.
+        """Add an owner to blocks that are owned or cached.
 
         Raises:
             ValueError: A block is free; nothing was changed.
         """
-        blocks = self._owned(blocks)
+        blocks = list(blocks)
         for block in blocks:
+            if self._counts[block] == 0 and self._keys[block] is None:
+                raise ValueError(f"block {block} is free and cannot be shared")
+        for block in blocks:
+            if self._counts[block] == 0:
+                del self._cached[block]
             self._counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Take an owner away; a block without one is free again.
+        """Take an owner away; a block without one is cached if it has a key, else free.
+
+        Args:
+            blocks: In the order in which they are to be evicted.
 
         Raises:
-            ValueError: A block is free already; nothing was changed.
+            ValueError: A block has no owner; nothing was changed.
         """
-        blocks = self._owned(blocks)
-        for block in blocks:
-            self._counts[block] -= 1
-            if self._counts[block] == 0:
-                self._free.append(block)
-
-    def _owned(self, blocks: Iterable[int]) -> list[int]:
         blocks = list(blocks)
         for block in blocks:
             if self._counts[block] == 0:
-                raise ValueError(f"block {block} is free and cannot be shared or released")
-        return blocks
+                raise ValueError(f"block {block} is free or cached and cannot be released")
+        for block in blocks:
+            self._counts[block] -= 1
+            if self._counts[block] > 0:
+                continue
+            if self._keys[block] is None:
+                self._free.append(block)
+            else:
+                self._cached[block] = None
+
+    def is_owned(self, block: int) -> bool:
+        """Whether somebody owns a block."""
+        return self._counts[block] > 0
+
+    def is_shared(self, block: int) -> bool:
+        """Whether several own a block."""
+        return self._counts[block] > 1
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Let an owned block be found; if another one has the key, that one is found.
+
+        Raises:
+            ValueError: Nobody owns the block.
+        """
+        if self._counts[block] == 0:
+            raise ValueError(f"block {block} has no owner and cannot be published")
+        if self._keys[block] is None and key not in self._found:
+            self._keys[block] = key
+            self._found[key] = block
+            self._evicted.pop(key, None)
+
+    def find(self, key: bytes) -> int | None:
+        """The block that has a key."""
+        return self._found.get(key)
+
+    def touch(self, key: bytes) -> None:
+        """Make a block that nobody owns the last one to be evicted."""
+        block = self._found.get(key)
+        if block is not None and block in self._cached:
+            self._cached.move_to_end(block)
+
+    def knew(self, key: bytes) -> bool:
+        """Whether a block has this key, or had it not long ago."""
+        return key in self._found or key in self._evicted
+
+    def forget(self) -> None:
+        """Make all cached blocks free."""
+        while self._cached:
+            self._free.append(self._evict())
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        key = self._keys[block]
+        assert key is not None
+        self._keys[block] = None
+        del self._found[key]
+        self._evicted[key] = None
+        if len(self._evicted) > REMEMBERED * self.num_blocks:
+            self._evicted.popitem(last=False)
+        return block
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Prove that every block is free or owned, and owned by exactly its holders.
+        """Prove that every block is free, cached, or owned by exactly its holders.
 
         Args:
             held: The blocks of every table, a shared block once for each.
 
         Raises:
-            AssertionError: A block leaked, or is counted wrongly.
+            AssertionError: A block leaked, is counted wrongly, or is found under a wrong key.
         """
         holders = Counter(held)
         free = Counter(self._free)
@@ -94,5 +168,9 @@ class BlockPool:
             assert holders[block] == count, (
                 f"block {block}: {holders[block]} holders, counted {count}"
             )
-            assert free[block] == (count == 0), f"block {block}: {free[block]} times in free queue"
-        assert len(free) + sum(1 for count in self._counts if count) == self.num_blocks
+            key = self._keys[block]
+            places = free[block] + (block in self._cached)
+            assert places == (count == 0), f"block {block}: {count} owners, {places} places"
+            assert free[block] == (count == 0 and key is None), f"block {block}: free with a key"
+            assert key is None or self._found.get(key) == block, f"block {block} is not found"
+        assert len(self._found) == sum(key is not None for key in self._keys)

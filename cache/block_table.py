@@ -1,6 +1,7 @@
 """One sequence's blocks in one head group."""
 
 from array import array
+from collections.abc import Sequence
 
 from headlong.cache.policy import HeadPolicy
 
@@ -34,6 +35,11 @@ class BlockTable:
         """Blocks of the sequence so far, those given back included."""
         return len(self.blocks) + self.window_start - self.num_sink_blocks
 
+    def start_with(self, blocks: Sequence[int], num_tokens: int) -> None:
+        """Begin with shared blocks, those that the table keeps of `num_tokens` tokens."""
+        self.blocks = array("i", blocks)
+        self.window_start = self.policy.window_start(num_tokens, self.block_size)
+
     def missing_blocks(self, num_tokens: int) -> int:
         """Blocks to add so that the table holds `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - self.num_logical_blocks)
@@ -46,6 +52,14 @@ class BlockTable:
         """Slot (block * block_size + offset) of the token at `position`, still owned."""
         logical, offset = divmod(position, self.block_size)
         return self.blocks[self.entry(logical)] * self.block_size + offset
+
+    def find(self, logical: int) -> int | None:
+        """The block at a logical index, if the table still owns it."""
+        if logical >= self.num_sink_blocks:
+            logical -= self.window_start - self.num_sink_blocks
+            if logical < self.num_sink_blocks:
+                return None
+        return self.blocks[logical] if logical < len(self.blocks) else None
 
     def entry(self, logical: int) -> int:
         """Index in `blocks` of a logical block.

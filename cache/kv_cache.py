@@ -1,21 +1,31 @@
 """Block tables of all sequences over all head groups: who holds what, and when it is given back.
 
 call                    effect on a sequence's tables
-begin                   empty tables, one a group
+match                   none: says which prefix could be shared
+begin                   empty tables, or those of a shared prefix
 extend                  blocks for the tokens of the coming step
-release_expired         after the step: blocks that the visibility law can never reach again
+publish                 after the step: full blocks can be found by others
+release_expired         then: blocks that the visibility law can never reach again are given back
 fork                    a second sequence with the same tokens; full blocks are shared
-free                    everything is given back
+free                    everything is given back; what can be found stays until it is evicted
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headlong.cache.block_pool import BlockPool, OutOfBlocksError
 from headlong.cache.block_table import BlockTable
 from headlong.cache.groups import HeadGroup
 from headlong.cache.policy import HeadPolicy
+from headlong.cache.prefix_keys import PrefixKeys
+from headlong.cache.prefix_match import PrefixMatch, match_prefix
+from headlong.cache.reservation import Reservation
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.layout import ArenaLayout
+
+REMEMBERED_PREFIXES = 4096
+"""First blocks whose salt is remembered, to tell a miss that a salt explains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,74 +37,164 @@ class BlockCopy:
     target: int
 
 
-class SequenceCache:
-    """One sequence's block tables, one a head group.
-
-    Attributes:
-        tables: In the order of the groups.
-        num_tokens: Tokens that the tables have room for and that are, or are about to be, cached.
-    """
-
-    __slots__ = ("num_tokens", "tables")
-
-    def __init__(self, tables: tuple[BlockTable, ...]) -> None:
-        self.tables = tables
-        self.num_tokens = 0
-
-
 class KVCache:
     """Bookkeeping of the arena's blocks. Holds no memory: `cache.arena.Arena` does.
 
     Args:
         groups: The model's head groups.
         layout: The arena's map for these groups.
+        prefix_caching: Whether blocks can be found by other sequences.
+        namespace: What determines K and V beside tokens and policies.
+
+    Raises:
+        ValueError: With prefix caching, groups differ in their block size.
     """
 
-    def __init__(self, groups: Sequence[HeadGroup], layout: ArenaLayout) -> None:
+    def __init__(
+        self,
+        groups: Sequence[HeadGroup],
+        layout: ArenaLayout,
+        *,
+        prefix_caching: bool = True,
+        namespace: bytes = b"",
+    ) -> None:
         self.groups = tuple(groups)
         self.layout = layout
+        self._block_sizes = tuple(page.block_size for page in layout.pages)
+        if prefix_caching and len(set(self._block_sizes)) > 1:
+            raise ValueError(f"a prefix cache needs one block size, got {self._block_sizes}")
+        self.block_size = self._block_sizes[0]
         self.pools = tuple(BlockPool(num_blocks) for num_blocks in layout.num_blocks)
+        self._own_policies = tuple(group.policy for group in self.groups)
+        self._prefix_caching = prefix_caching
+        self._namespace = namespace
         self._live: set[SequenceCache] = set()
+        # The first block of a prefix without its salt, to the salt that was seen last.
+        self._salts: OrderedDict[bytes, str] = OrderedDict()
 
-    def begin(self) -> SequenceCache:
-        """A sequence without tokens."""
-        sequence = SequenceCache(
-            tuple(
-                BlockTable(group.policy, page.block_size)
-                for group, page in zip(self.groups, self.layout.pages, strict=True)
-            )
+    def policies(self, streaming: HeadPolicy | None = None) -> tuple[HeadPolicy, ...]:
+        """What a sequence keeps of each group.
+
+        Args:
+            streaming: In place of what the streaming heads keep; a model's own windows stay.
+        """
+        if streaming is None:
+            return self._own_policies
+        return tuple(
+            streaming if group.name == "streaming" else group.policy for group in self.groups
         )
+
+    def keys(self, policies: tuple[HeadPolicy, ...], salt: str = "") -> PrefixKeys:
+        """Keys for a sequence without tokens yet."""
+        return PrefixKeys(self._namespace, policies, salt, self.block_size)
+
+    def match(self, keys: PrefixKeys, num_tokens: int) -> PrefixMatch:
+        """Which prefix a sequence could share.
+
+        Args:
+            keys: Of its full blocks.
+            num_tokens: Its length.
+
+        Returns:
+            A match that holds until blocks are taken the next time; nothing is found, and nothing
+            missed, without prefix caching.
+        """
+        if not self._prefix_caching:
+            return PrefixMatch(0, tuple(() for _ in self.groups))
+        found = match_prefix(keys, num_tokens, self.pools, self.block_size)
+        first = keys.first_unsalted
+        never_seen = found.misses.get("never_seen", 0)
+        if found.num_tokens or not never_seen or first is None:
+            return found
+        if self._salts.get(first, keys.salt) == keys.salt:
+            return found
+        misses = dict(found.misses)
+        misses["salt"] = misses.pop("never_seen")
+        return replace(found, misses=misses)
+
+    def begin(
+        self,
+        policies: tuple[HeadPolicy, ...] | None = None,
+        match: PrefixMatch | None = None,
+    ) -> SequenceCache:
+        """A sequence without tokens, or with a prefix that others computed.
+
+        Args:
+            policies: What it keeps of each group; by default the group's own.
+            match: What it shares.
+
+        Raises:
+            ValueError: A block of the match is gone.
+        """
+        policies = self._own_policies if policies is None else policies
+        sequence = SequenceCache(
+            tuple(BlockTable(*each) for each in zip(policies, self._block_sizes, strict=True))
+        )
+        if match is not None and match.num_tokens:
+            for taken, (pool, blocks) in enumerate(zip(self.pools, match.blocks, strict=True)):
+                try:
+                    pool.share(blocks)
+                except ValueError:
+                    for earlier in range(taken):
+                        self.pools[earlier].release(match.blocks[earlier])
+                    raise
+            for table, blocks in zip(sequence.tables, match.blocks, strict=True):
+                table.start_with(blocks, match.num_tokens)
+            sequence.num_tokens = match.num_tokens
+            sequence.num_published = match.num_tokens // self.block_size
         self._live.add(sequence)
         return sequence
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence of this length could run if it had the cache to itself."""
-        return all(
-            # One block more than its window, so that a step of one token at least can run.
-            min(policy.steady_blocks(num_tokens, size) + 1, -(-num_tokens // size)) <= num_blocks
-            for policy, size, num_blocks in self._sizes()
-        )
-
-    def has_room(self, num_tokens: int, growing: Iterable[tuple[SequenceCache, int]]) -> bool:
-        """Whether a new sequence fits beside others that have yet to grow.
+    def publish(self, sequence: SequenceCache, keys: PrefixKeys) -> None:
+        """After a step: let others find the blocks that it filled.
 
         Args:
-            num_tokens: Length the new sequence will reach.
-            growing: Sequences and the lengths they will reach.
+            sequence: All its tokens are computed.
+            keys: Of all its full blocks.
         """
-        growing = list(growing)
-        for group, (policy, size, _) in enumerate(self._sizes()):
-            promised = sum(
-                max(0, policy.steady_blocks(length, size) - len(sequence.tables[group].blocks))
-                for sequence, length in growing
-            )
-            if policy.steady_blocks(num_tokens, size) + promised > self.pools[group].num_free:
-                return False
-        return True
+        self._require_live(sequence)
+        num_full = sequence.num_tokens // self.block_size
+        if not self._prefix_caching or num_full == sequence.num_published:
+            return
+        if keys.first_unsalted is not None:
+            self._salts[keys.first_unsalted] = keys.salt
+            self._salts.move_to_end(keys.first_unsalted)
+            if len(self._salts) > REMEMBERED_PREFIXES:
+                self._salts.popitem(last=False)
+        resume_keys: list[list[bytes]] = []
+        for table, pool in zip(sequence.tables, self.pools, strict=True):
+            for logical in range(sequence.num_published, num_full):
+                block = table.find(logical)
+                if block is not None:
+                    pool.publish(block, keys.blocks[logical])
+            resume = table.policy.window_start(num_full * self.block_size, self.block_size)
+            held = not table.policy.keeps_all
+            resume_keys.append(keys.blocks[resume:num_full] if held else [])
+        sequence.num_published = num_full
+        sequence.resume_keys = tuple(resume_keys)
 
-    def _sizes(self) -> Iterable[tuple[HeadPolicy, int, int]]:
-        for group, page, pool in zip(self.groups, self.layout.pages, self.pools, strict=True):
-            yield group.policy, page.block_size, pool.num_blocks
+    def fits(self, num_tokens: int, policies: tuple[HeadPolicy, ...] | None = None) -> bool:
+        """Whether a sequence of this length could run if it had the cache to itself."""
+        policies = self._own_policies if policies is None else policies
+        return all(
+            # One block more than its window, so that a step of one token at least can run.
+            min(policy.steady_blocks(num_tokens, size) + 1, -(-num_tokens // size))
+            <= pool.num_blocks
+            for policy, pool, size in zip(policies, self.pools, self._block_sizes, strict=True)
+        )
+
+    def has_room(self, wanted: Reservation, held: Iterable[Reservation]) -> bool:
+        """Whether a new sequence fits beside others, however far all of them go.
+
+        Args:
+            wanted: The new one.
+            held: Those that run.
+        """
+        all_of_them = [wanted, *held]
+        return all(
+            sum(each.blocks_to_come(group, pool, size) for each in all_of_them) <= pool.num_free
+            for group, (pool, size) in enumerate(zip(self.pools, self._block_sizes, strict=True))
+        )
 
     def max_extension(self, sequence: SequenceCache, num_tokens: int) -> int:
         """How many of `num_tokens` more tokens fit into what the sequence has and what is free."""
@@ -149,7 +249,7 @@ class KVCache:
         for needed, pool in zip(partial, self.pools, strict=True):
             if needed > pool.num_free:
                 raise OutOfBlocksError("no free block for the copy of a partly filled one")
-        child = self.begin()
+        child = self.begin(tuple(table.policy for table in parent.tables))
         copies: list[BlockCopy] = []
         for group, (source, target) in enumerate(zip(parent.tables, child.tables, strict=True)):
             target.window_start = source.window_start
@@ -161,6 +261,8 @@ class KVCache:
                 target.add([own])
                 copies.append(BlockCopy(group, source.blocks[-1], own))
         child.num_tokens = parent.num_tokens
+        child.num_published = parent.num_published
+        child.resume_keys = parent.resume_keys
         return child, copies
 
     def free(self, sequence: SequenceCache) -> None:
@@ -171,8 +273,18 @@ class KVCache:
         """
         self._require_live(sequence)
         self._live.remove(sequence)
-        for table, pool in zip(sequence.tables, self.pools, strict=True):
-            pool.release(table.blocks)
+        for table, pool, keys in zip(
+            sequence.tables, self.pools, sequence.resume_keys, strict=True
+        ):
+            # The last are evicted first: a prefix without its head is worth nothing.
+            pool.release(reversed(table.blocks))
+            for key in keys:
+                pool.touch(key)
+
+    def forget_prefixes(self) -> None:
+        """Make every block that nobody owns impossible to find."""
+        for pool in self.pools:
+            pool.forget()
 
     def _require_live(self, sequence: SequenceCache) -> None:
         if sequence not in self._live:
@@ -182,6 +294,11 @@ class KVCache:
     def owned_blocks(self) -> tuple[int, ...]:
         """Owned blocks of each group."""
         return tuple(pool.num_owned for pool in self.pools)
+
+    @property
+    def cached_blocks(self) -> tuple[int, ...]:
+        """Blocks of each group that nobody owns and that can be found."""
+        return tuple(pool.num_cached for pool in self.pools)
 
     @property
     def owned_bytes(self) -> int:
@@ -198,7 +315,7 @@ class KVCache:
         )
 
     def check_integrity(self) -> None:
-        """Prove that every block is free or owned by exactly the live tables that list it.
+        """Prove that every block is free, cached, or owned by exactly the live tables that list it.
 
         Raises:
             AssertionError: A block leaked, or a table lacks blocks for its tokens.

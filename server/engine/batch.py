@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from headlong.cache.block_table import BlockTable
-from headlong.cache.kv_cache import SequenceCache
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.batch import AttentionBatch, GroupBatch
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from headlong.cache.capacity import MemoryPlan
 from headlong.profiling.head_map import head_map_lines, head_summary
+from headlong.server.engine.status import EngineInfo, GroupInfo
 from headlong.server.engine.weights import dtype_name
 
 if TYPE_CHECKING:
@@ -28,6 +29,42 @@ def describe(engine: "Engine") -> list[str]:
         *(f"  {line}" for line in head_map_lines(labels)),
         *_memory_lines(engine.plan, engine.max_model_len),
     ]
+
+
+def engine_info(engine: "Engine") -> EngineInfo:
+    """The same as data, for the HTTP part and for metrics."""
+    model, shape = engine.model, engine.plan.shape
+    places = {
+        member: index for index, group in enumerate(engine.groups) for member in group.members
+    }
+    return EngineInfo(
+        model=engine.config.model,
+        max_model_len=engine.max_model_len,
+        vocab_size=model.vocab_size,
+        max_num_seqs=engine.config.max_num_seqs,
+        block_size=shape.block_size,
+        eos_token_ids=tuple(sorted(model.eos_token_ids)),
+        default_sampling=dict(model.default_sampling),
+        head_groups=tuple(
+            tuple(places[layer, head] for head in range(model.geometry.num_kv_heads))
+            for layer in range(model.geometry.num_layers)
+        ),
+        groups=tuple(
+            GroupInfo(
+                name=group.name,
+                sink_size=group.policy.sink_size,
+                window_size=None if group.policy.keeps_all else group.policy.window_size,
+                num_heads=len(group.members),
+                num_blocks=num_blocks,
+                block_bytes=shape.block_bytes(group),
+            )
+            for group, num_blocks in zip(engine.groups, engine.plan.num_blocks, strict=True)
+        ),
+        full_token_bytes=shape.full_token_bytes,
+        device=str(model.device),
+        dtype=dtype_name(model.dtype),
+        lines=tuple(describe(engine)),
+    )
 
 
 def _device_line(engine: "Engine") -> str:

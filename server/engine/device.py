@@ -69,3 +69,17 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Make a CUDA device this thread's current one, which is where Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a tensor found no memory, on whichever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's allocator on a CPU raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def free_memory(device: torch.device) -> None:
+    """Hand memory that no tensor uses back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,9 +1,12 @@
 """The engine: a model, its cache and its scheduler, advanced one step at a time."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -13,24 +16,33 @@ from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.kernels.backend import AttentionBackend, make_backend
 from headlong.kernels.layout import ArenaLayout
-from headlong.server.engine.attention import PagedStep
-from headlong.server.engine.batch import build_attention_batch, packed_positions
-from headlong.server.engine.device import choose_attention, choose_device, current, to_device
+from headlong.server.engine.canary import Canary
+from headlong.server.engine.counters import Counters
+from headlong.server.engine.describe import engine_info
+from headlong.server.engine.device import (
+    choose_attention,
+    choose_device,
+    current,
+    free_memory,
+    is_out_of_memory,
+)
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.head_plan import plan_heads
+from headlong.server.engine.head_plan import plan_heads, prefix_namespace
 from headlong.server.engine.memory import arena_param, plan_arena
 from headlong.server.engine.model import LoadedModel, load_model
-from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
+from headlong.server.engine.outputs import RequestOutput
+from headlong.server.engine.packed_forward import PackedForward, StepLogits
 from headlong.server.engine.request import EngineRequest
+from headlong.server.engine.request_plan import RequestPlanner
+from headlong.server.engine.requests import Requests
 from headlong.server.engine.sampler import SampledToken, sample
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
 from headlong.server.engine.sequence import Sequence
+from headlong.server.engine.status import EngineInfo, EngineStats
+from headlong.server.engine.token_reports import TokenReporter
 from headlong.server.engine.weights import first_line
-from headlong.server.errors import ConfigError, ContextLengthError, InvalidRequestError
-
-if TYPE_CHECKING:
-    from headlong.server.engine.decode_graphs import DecodeGraphs
+from headlong.server.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +62,8 @@ class Engine:
         max_model_len: Most tokens of prompt and completion of a request.
         cache: Owner of all blocks.
         scheduler: Who runs next.
+        before_forward: Called with the request ids of each batch before the model runs over it;
+            what it raises is treated as the model's own failure.
 
     Raises:
         ConfigError: The checkpoint, the profile or the memory do not allow a start.
@@ -67,7 +81,12 @@ class Engine:
         layout: ArenaLayout
         self.plan, layout = plan_arena(config, self.model, self.groups)
         self.max_model_len = self.plan.max_sequence_tokens
-        self.cache = KVCache(self.groups, layout)
+        self.cache = KVCache(
+            self.groups,
+            layout,
+            prefix_caching=config.enable_prefix_caching,
+            namespace=prefix_namespace(config, self.model, self.groups),
+        )
         assert self.cache.fits(self.max_model_len), "a sequence that cannot run would wait for ever"
         try:
             self.arena = Arena(layout, device)
@@ -76,24 +95,34 @@ class Engine:
                 f"cannot allocate {layout.total_bytes} bytes of KV cache",
                 arena_param(config, device),
             ) from error
+        attention = self._make_attention(layout)
+        self.scheduler = Scheduler(self.cache, config)
+        self.before_forward: Callable[[Many[str]], None] | None = None
+        self._forward = PackedForward(self.model, attention)
+        self._canary = Canary(
+            self.model,
+            self.cache,
+            attention,
+            self.max_model_len,
+            rate=config.canary_rate,
+            seed=config.seed,
+        )
+        planner = RequestPlanner(self.cache, config, self.max_model_len, self.model.vocab_size)
+        self._requests = Requests(planner, self.scheduler, self.model, config.seed)
+        self._reporter = TokenReporter(self.tokenizer)
+        self._counters = Counters()
+        self._warm_up()
+        self._capture_graphs()
+
+    def _make_attention(self, layout: ArenaLayout) -> AttentionBackend[Any]:
         num_q_heads = self.model.geometry.num_q_heads
         try:
-            self._attention: AttentionBackend[Any] = make_backend(
-                self.attention_backend, self.arena.memory, layout, num_q_heads
-            )
+            return make_backend(self.attention_backend, self.arena.memory, layout, num_q_heads)
         except ValueError as error:
             # A kernel may lack the model's head size or dtype.
             raise ConfigError(
                 f"{error}; attention_backend 'torch' does without", "attention_backend"
             ) from error
-        self.scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
-        self._sequences: dict[str, Sequence] = {}
-        self._num_requests = 0
-        self._token_texts: dict[int, str] = {}
-        self._graphs: DecodeGraphs | None = None
-        self._warm_up()
-        with current(device):
-            self._graphs = self._capture_graphs()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -103,12 +132,20 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return len(self._requests) > 0
 
     @property
     def uses_cuda_graphs(self) -> bool:
         """Whether steps that only decode run as CUDA graphs."""
-        return self._graphs is not None
+        return self._forward.graphs is not None
+
+    def info(self) -> EngineInfo:
+        """What does not change any more."""
+        return engine_info(self)
+
+    def stats(self) -> EngineStats:
+        """How it does now."""
+        return self._counters.stats(self.scheduler, self.plan, self._canary.stats)
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -117,160 +154,181 @@ class Engine:
             request: Its id must be unlike that of any request in progress.
 
         Raises:
-            InvalidRequestError: The prompt is empty, or a token id is not in the vocabulary.
+            InvalidRequestError: The prompt is empty, a token id is not in the vocabulary, or what
+                is asked for is not to be had here.
             ContextLengthError: The prompt leaves no room for a token.
         """
-        request_id, params = request.request_id, request.params
-        prompt_token_ids = request.prompt_token_ids
-        if request_id in self._sequences:
-            raise InvalidRequestError(f"request id {request_id!r} is in use")
-        if not prompt_token_ids:
-            raise InvalidRequestError("the prompt is empty", "prompt")
-        vocab_size = self.model.vocab_size
-        named = (*prompt_token_ids, *params.logit_bias, *params.stop_token_ids)
-        for token in named:
-            if not 0 <= token < vocab_size:
-                raise InvalidRequestError(f"token id {token} is not in 0 to {vocab_size - 1}")
-        if len(prompt_token_ids) >= self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt_token_ids)} tokens; the longest context is "
-                f"{self.max_model_len} tokens, prompt and completion together",
-                "prompt",
-            )
-        sequence = Sequence(
-            request_id,
-            prompt_token_ids,
-            params,
-            self.tokenizer,
-            seed=(self.config.seed + self._num_requests) % 2**63,
-            device=self.model.device,
-        )
-        self._num_requests += 1
-        self._sequences[request_id] = sequence
-        self.scheduler.add(sequence)
+        self._requests.add(request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; one that is not known is no error."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            self.scheduler.remove(sequence)
+        self._requests.drop(request_id)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Run one batch.
 
         Returns:
-            What it added to the requests that got a token; empty without work.
+            What it added to the completions that got a token, and what else happened to requests;
+            empty without work.
         """
+        self._canary.make_way()
+        start = time.perf_counter()
         with current(self.model.device):
-            return self._step()
+            outputs = self._step()
+        self._counters.note_time(time.perf_counter() - start)
+        return outputs
+
+    @torch.inference_mode()
+    def idle_step(self) -> bool:
+        """Do a piece of the work that can wait; False if there is none, or if requests run."""
+        if self.has_work:
+            return False
+        with current(self.model.device):
+            return self._canary.step()
 
     def _step(self) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        for failure in self._requests.collect():
+            outputs += self._fail(*failure)
         chunks = self.scheduler.schedule()
         if not chunks:
+            return outputs
+        self._counters.note_chunks(chunks)
+        outputs += [self._started(sequence) for sequence in self.scheduler.take_started()]
+        parts = self._compute(chunks)
+        computed = {id(chunk) for part, _ in parts for chunk in part}
+        for chunk in chunks:
+            if id(chunk) not in computed and chunk.sequence.cache is not None:
+                request_id = chunk.sequence.request_id
+                logger.error("request %s was aborted: out of memory in its step", request_id)
+                outputs += self._fail(request_id, "there was no memory for a step of this request")
+        for part, logits in parts:
+            outputs += self._advance(part, logits)
+        return outputs
+
+    def _compute(
+        self, chunks: list[ScheduledChunk]
+    ) -> list[tuple[list[ScheduledChunk], StepLogits]]:
+        """Run the model over all chunks at once, or in parts if there is no memory for that.
+
+        Returns:
+            The parts that were computed; a chunk that is in none does not fit even alone.
+        """
+        try:
+            if self.before_forward is not None:
+                self.before_forward([chunk.sequence.request_id for chunk in chunks])
+            with self._counters.in_model():
+                return [(chunks, self._forward.run(chunks))]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory(self.model.device)
+        if len(chunks) == 1:
             return []
-        ready = [chunk for chunk in chunks if chunk.num_tokens == chunk.sequence.num_pending_tokens]
-        logits = self._forward(chunks, ready)
-        self.scheduler.advance(chunks)
-        sequences = [chunk.sequence for chunk in ready]
+        half = len(chunks) // 2
+        return self._compute(chunks[:half]) + self._compute(chunks[half:])
+
+    def _advance(self, chunks: list[ScheduledChunk], logits: StepLogits) -> list[RequestOutput]:
+        """Make tokens of what was computed."""
+        # A request that failed in another part of the step has lost its cache.
+        alive = [chunk for chunk in chunks if chunk.sequence.cache is not None]
+        complete = [chunk.sequence for chunk in chunks if chunk.completes]
+        self.scheduler.advance(alive)
+        for prompt, scores in logits.prompts:
+            self._reporter.score_prompt(prompt, scores)
+        rows: list[int] = []
+        sequences: list[Sequence] = []
+        for row, sequence in enumerate(complete):
+            if sequence.cache is None:
+                continue
+            copies, forked = self.scheduler.fork(sequence)
+            self.arena.copy_blocks(copies)
+            sequences += (sequence, *forked)
+            rows += [row] * (1 + len(forked))
         if not sequences:
             return []
+        wanted = logits.next if rows == list(range(len(complete))) else logits.next[rows]
+        return self._sample(wanted, sequences)
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
         try:
-            tokens = sample(logits, sequences, self.model.eos_token_ids)
+            with self._counters.in_model():
+                tokens = sample(logits, sequences, self.model.eos_token_ids)
         except Exception:
             # One request's parameters must not end the others: find whose they are.
             return [
-                self._advance_alone(row[None], sequence)
+                output
                 for row, sequence in zip(logits, sequences, strict=True)
+                for output in self._sample_alone(row[None], sequence)
             ]
         return [
             self._extend(sequence, token) for sequence, token in zip(sequences, tokens, strict=True)
         ]
 
-    def _advance_alone(self, logits: torch.Tensor, sequence: Sequence) -> RequestOutput:
-        """Sample for one sequence; if that fails, it alone is aborted."""
+    def _sample_alone(self, logits: torch.Tensor, sequence: Sequence) -> list[RequestOutput]:
+        """Sample for one sequence; if that fails, its request alone is aborted."""
+        if sequence.cache is None:
+            return []
         try:
             (token,) = sample(logits, [sequence], self.model.eos_token_ids)
         except Exception as error:
             logger.exception("request %s failed and was aborted", sequence.request_id)
-            sequence.finish_reason = "abort"
-            self._forget(sequence)
-            return self._output(sequence, error=f"sampling failed: {error}")
-        return self._extend(sequence, token)
-
-    def _forward(self, chunks: list[ScheduledChunk], ready: list[ScheduledChunk]) -> torch.Tensor:
-        """Logits of the last token of each ready chunk, [len(ready), vocab_size]."""
-        counts = np.array([chunk.num_tokens for chunk in chunks])
-        starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks])
-        tokens: list[int] = []
-        for chunk, start in zip(chunks, starts.tolist(), strict=True):
-            tokens += chunk.sequence.token_ids[start : start + chunk.num_tokens]
-        token_ids = torch.tensor(tokens)
-        positions = torch.from_numpy(packed_positions(starts + counts, counts))
-        batch = build_attention_batch([chunk.cache for chunk in chunks], counts.tolist())
-        if self._graphs is not None and len(ready) == len(chunks) == len(tokens):
-            logits = self._graphs.forward(token_ids, positions, batch)
-            if logits is not None:
-                return logits
-        wanted = {id(chunk) for chunk in ready}
-        last_rows = np.cumsum(counts) - 1
-        rows = [row for row, chunk in zip(last_rows, chunks, strict=True) if id(chunk) in wanted]
-        plan = self._attention.plan(batch)
-        device = self.model.device
-        return self.model.forward(
-            to_device(token_ids, device),
-            to_device(positions, device),
-            to_device(torch.tensor(rows, dtype=torch.int64), device),
-            PagedStep(self._attention, plan),
-        )
+            return self._fail(sequence.request_id, f"sampling failed: {error}")
+        return [self._extend(sequence, token)]
 
     def _extend(self, sequence: Sequence, token: SampledToken) -> RequestOutput:
-        text = sequence.append(token.token_id, self.model.eos_token_ids, self.max_model_len)
+        text = sequence.append(token.token_id, self.model.eos_token_ids)
+        self._counters.generation_tokens += 1
         if sequence.finished:
-            self._forget(sequence)
+            self._canary.offer(sequence)
+            self._requests.finish(sequence)
         return self._output(sequence, text, token)
 
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request_id]
-        self.scheduler.remove(sequence)
+    def _fail(
+        self, request_id: str, error: str, code: str = "request_aborted"
+    ) -> list[RequestOutput]:
+        """End all completions of a request."""
+        failed = self._requests.drop(request_id)
+        for sequence in failed:
+            sequence.finish_reason = "abort"
+        return [replace(self._output(each), error=error, error_code=code) for each in failed]
+
+    def _started(self, sequence: Sequence) -> RequestOutput:
+        self._counters.note_started(sequence)
+        assert sequence.started is not None
+        queued_s = max(0.0, sequence.started - sequence.request.arrived)
+        return replace(self._output(sequence), queued_s=queued_s)
 
     def _output(
-        self,
-        sequence: Sequence,
-        text: str = "",
-        token: SampledToken | None = None,
-        error: str | None = None,
+        self, sequence: Sequence, text: str = "", token: SampledToken | None = None
     ) -> RequestOutput:
-        reported = token is not None and token.logprob is not None
-        return RequestOutput(
+        logprobs = prompt_logprobs = None
+        if token is not None and token.logprob is not None:
+            logprobs = (self._reporter.position(token),)
+        if sequence.num_output_tokens == 1 and sequence.has_prompt_logprobs:
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+        output = RequestOutput(
             request_id=sequence.request_id,
+            index=sequence.index,
             text=text,
             token_ids=() if token is None else (token.token_id,),
-            logprobs=(self._logprobs(token),) if token is not None and reported else None,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=sequence.num_cached_tokens,
             num_completion_tokens=sequence.num_output_tokens,
-            error=error,
         )
-
-    def _logprobs(self, token: SampledToken) -> PositionLogprobs:
-        def named(token_id: int, logprob: float) -> TokenLogprob:
-            return TokenLogprob(token_id, self._token_text(token_id), logprob)
-
-        assert token.logprob is not None
-        return PositionLogprobs(
-            chosen=named(token.token_id, token.logprob),
-            top=tuple(named(*each) for each in token.top),
+        if not sequence.finished:
+            return output
+        return replace(
+            output,
+            cache_misses=dict(sequence.cache_misses),
+            kv_bytes_peak=sequence.kv_bytes_peak,
+            kv_bytes_full=self.plan.full_sequence_bytes(len(sequence.token_ids)),
         )
-
-    def _token_text(self, token_id: int) -> str:
-        if token_id not in self._token_texts:
-            text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-            assert isinstance(text, str)
-            self._token_texts[token_id] = text
-        return self._token_texts[token_id]
 
     def _warm_up(self) -> None:
         """Run the largest step once, so that memory peaks at start and not while serving."""
@@ -296,22 +354,11 @@ class Engine:
                 "attention_backend",
             ) from error
 
-    @torch.inference_mode()
-    def _capture_graphs(self) -> "DecodeGraphs | None":
+    def _capture_graphs(self) -> None:
         """Capture decodes as CUDA graphs where that is possible and wanted."""
-        if self.model.device.type != "cuda" or self.config.enforce_eager:
-            return None
-        if self.attention_backend != "triton":
-            return None
-        # Both import Triton, which need not be there.
-        from headlong.kernels.triton_attention import TritonAttention  # noqa: PLC0415
-        from headlong.server.engine.decode_graphs import DecodeGraphs  # noqa: PLC0415
-
-        assert isinstance(self._attention, TritonAttention)
-        try:
-            return DecodeGraphs(self.model, self._attention, self.config.max_num_seqs)
-        except torch.OutOfMemoryError:
-            logger.warning("CUDA graphs are off: there is no memory for them beside the KV cache")
-        except RuntimeError as error:
-            logger.warning("CUDA graphs are off, the model cannot be captured: %s", error)
-        return None
+        device = self.model.device
+        if device.type != "cuda" or self.config.enforce_eager:
+            return
+        if self.attention_backend == "triton":
+            with current(device):
+                self._forward.capture_graphs(self.config.max_num_seqs)

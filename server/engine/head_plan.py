@@ -39,3 +39,18 @@ def plan_heads(config: EngineConfig, model: LoadedModel) -> tuple[HeadGroup, ...
     except ValueError as error:
         raise ConfigError(f"profile {config.profile!r}: {error}", "profile") from error
     return build_head_groups(profile_labels, streaming, geometry.native_windows)
+
+
+def prefix_namespace(
+    config: EngineConfig, model: LoadedModel, groups: tuple[HeadGroup, ...]
+) -> bytes:
+    """What determines K and V beside a sequence's tokens and policies: the prefix cache's root."""
+    identity = (
+        config.model,
+        config.revision,
+        str(model.dtype),
+        str(model.geometry.kv_dtype),
+        groups,
+        config.seed if config.load_format == "dummy" else None,
+    )
+    return repr(identity).encode()

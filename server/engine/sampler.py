@@ -38,10 +38,10 @@ def sample(
     Args:
         logits: float32 [num_sequences, vocab_size]; left as they are.
         sequences: Whose they are.
-        eos_token_ids: Tokens that `min_tokens` holds off.
+        eos_token_ids: Tokens that `min_tokens` holds off, unless a structure allows no other.
 
     Returns:
-        One token a sequence. The same logits, parameters and seed give the same token, whatever
+        One token a sequence, which its matcher has not accepted yet. The same logits, parameters and seed give the same token, whatever
         the other rows are.
     """
     reports = [row for row, each in enumerate(sequences) if each.params.logprobs is not None]
@@ -59,7 +59,7 @@ def sample(
     tokens = [SampledToken(token) for token in chosen.tolist()]
     if raw is not None:
         asked = [sequences[row].params.logprobs or 0 for row in reports]
-        told = _report(raw, [tokens[row].token_id for row in reports], asked)
+        told = report_logprobs(raw, [tokens[row].token_id for row in reports], asked)
         for row, token in zip(reports, told, strict=True):
             tokens[row] = token
     return tokens
@@ -84,11 +84,12 @@ def _is_adjusted(sequence: Sequence) -> bool:
         or params.frequency_penalty != 0.0
         or bool(params.logit_bias)
         or sequence.num_output_tokens < params.min_tokens
+        or sequence.matcher is not None
     )
 
 
 def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
-    """Penalties, biases and the minimum length, in place on [vocab_size]."""
+    """Penalties, biases, the structure and the minimum length, in place on [vocab_size]."""
     params = sequence.params
     if params.repetition_penalty != 1.0:
         seen = _index(sorted(set(sequence.token_ids)), logits.device)
@@ -103,11 +104,16 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[i
     if params.logit_bias:
         biases = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
         logits[_index(params.logit_bias, logits.device)] += to_device(biases, logits.device)
+    if sequence.matcher is not None:
+        sequence.matcher.mask(logits)
     if sequence.num_output_tokens < params.min_tokens:
         enders = set(params.stop_token_ids)
         if not params.ignore_eos:
             enders |= eos_token_ids
-        logits.index_fill_(0, _index(sorted(enders), logits.device), -torch.inf)
+        held_off = logits.index_fill(0, _index(sorted(enders), logits.device), -torch.inf)
+        # What is complete ends, however short it is.
+        if sequence.matcher is None or held_off.max() > -torch.inf:
+            logits.copy_(held_off)
 
 
 def _draw(logits: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
@@ -146,7 +152,9 @@ def _draw(logits: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
     return (probs / noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(dim=-1)
 
 
-def _report(logprobs: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[SampledToken]:
+def report_logprobs(
+    logprobs: torch.Tensor, token_ids: list[int], counts: list[int]
+) -> list[SampledToken]:
     """Tokens with their log probabilities, and the `counts` most probable ones of each row."""
     chosen = logprobs.gather(1, _index(token_ids, logprobs.device)[:, None])[:, 0].tolist()
     tops: dict[int, tuple[tuple[int, float], ...]] = {}

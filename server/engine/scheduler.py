@@ -1,19 +1,42 @@
 """Which sequences run in a step, and how many tokens of each.
 
-    waiting   in order of arrival; owns no blocks
+    waiting   in a fair order; owns no blocks
     running   in order of admission; owns blocks
+    parked    waits for a running sequence to compute the prompt that both have; owns no blocks
     finished  owns no blocks, and is known to nobody here
 
-A step gives one token to every sequence that decodes, then what is left of its tokens to prompts in
-progress, then admits waiting ones. A sequence that cannot get a block takes those of the youngest,
-which goes back to the head of the queue and is computed anew.
+A step gives one token to every sequence that decodes, admits waiting ones, and shares the rest of
+its tokens among the prompts in progress. While others decode that rest is small, so that none waits
+long for its next token. Short prompts come first, but the oldest one always gets its part.
+
+A sequence is admitted if what it may come to need, prompt and completion, fits beside what the
+running ones may. If a decode finds no block all the same, the least important and youngest sequence
+loses its own, and is computed anew.
 """
 
-from collections import deque
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headlong.cache.kv_cache import KVCache, SequenceCache
+from headlong.cache.block_pool import OutOfBlocksError
+from headlong.cache.kv_cache import BlockCopy, KVCache
+from headlong.cache.prefix_match import PrefixMatch
+from headlong.cache.sequence_cache import SequenceCache
+from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.sequence import Sequence
+from headlong.server.engine.waiting import WaitingQueue
+
+MAX_TRIES = 8
+"""Waiting sequences that a step looks at beyond those that it admits."""
+
+MAX_PASSED = 64
+"""Sequences that may be admitted past one for which there is no room."""
+
+OLDEST_SHARE = 4
+"""The oldest prompt gets this part of the prompt tokens of a step before shorter ones."""
+
+SCORED_CHUNK_TOKENS = 256
+"""Most tokens of a step of a prompt whose logits are all wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,28 +47,36 @@ class ScheduledChunk:
     cache: SequenceCache
     num_tokens: int
 
+    @property
+    def completes(self) -> bool:
+        """Whether the step computes all that the sequence has, so that it gets a token."""
+        return self.num_tokens == self.sequence.num_pending_tokens
+
 
 class Scheduler:
     """Continuous batching with chunked prefill over a `KVCache`.
 
     Args:
         cache: Owner of all blocks.
-        max_num_seqs: Most sequences that run at once.
-        max_num_batched_tokens: Most tokens of a step.
+        config: Bounds of a step.
 
     Attributes:
-        waiting: Sequences that own no blocks, the next one first.
+        waiting: Sequences that own no blocks.
         running: Sequences that own blocks, the oldest first.
         num_preemptions: Times that blocks were taken from a running sequence.
     """
 
-    def __init__(self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, cache: KVCache, config: EngineConfig) -> None:
         self.cache = cache
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.chunked_prefill_size = config.chunked_prefill_size or max(
+            1, config.max_num_batched_tokens // 4
+        )
         self.num_preemptions = 0
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self._started: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -54,12 +85,13 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, which must fit the cache when it is alone."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and free its blocks."""
         if sequence.cache is not None:
             self.running.remove(sequence)
+            self.waiting.leave(sequence)
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
@@ -68,55 +100,122 @@ class Scheduler:
         """Choose the step's work and allocate its blocks; empty only if there is no work."""
         while True:
             chunks = self._decodes()
-            budget = self.max_num_batched_tokens - len(chunks)
-            chunks += self._prefills(budget)
+            self._admit()
+            chunks += self._prefills(len(chunks))
             if chunks or not self.running:
                 return chunks
             # Prompts in progress hold all blocks between them and none can go on.
-            self._preempt_youngest()
+            self._preempt(self._least_important())
 
     def advance(self, chunks: list[ScheduledChunk]) -> None:
-        """After the step: its tokens are cached, and windows move on."""
+        """After the step: its tokens are cached and can be found, and windows move on."""
         for chunk in chunks:
-            chunk.sequence.num_computed_tokens += chunk.num_tokens
+            sequence = chunk.sequence
+            decoded = sequence.decoding
+            sequence.num_computed_tokens += chunk.num_tokens
+            self.cache.publish(chunk.cache, sequence.keys)
             self.cache.release_expired(chunk.cache)
+            self.waiting.charge(
+                sequence.request.tenant, 0 if decoded else chunk.num_tokens, int(decoded)
+            )
+
+    def take_started(self) -> list[Sequence]:
+        """Hand out the sequences that ran for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
+
+    def fork(self, sequence: Sequence) -> tuple[list[BlockCopy], list[Sequence]]:
+        """Let the sequences parked with one whose prompt is computed run beside it.
+
+        Returns:
+            The copies to make before the next step, and the sequences that share the prompt now.
+            One for whose own blocks there is no room computes it anew, later.
+        """
+        assert sequence.cache is not None
+        copies: list[BlockCopy] = []
+        forked: list[Sequence] = []
+        for other in sequence.take_parked():
+            other.follow(sequence)
+            try:
+                other.cache, own_copies = self.cache.fork(sequence.cache)
+            except OutOfBlocksError:
+                self.waiting.add(other)
+                continue
+            other.num_computed_tokens = sequence.num_computed_tokens
+            other.note_bytes(self.cache)
+            self.waiting.enter(other)
+            self.running.append(other)
+            copies += own_copies
+            forked.append(other)
+        return copies, forked
 
     def _decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
-        for sequence in [each for each in self.running if each.decoding]:
-            # The youngest comes last here too, so it can lose its blocks only before its turn.
+        # The most important come first: what they need is taken from those after them.
+        decoding = sorted(
+            (each for each in self.running if each.decoding), key=lambda each: each.request.priority
+        )
+        for sequence in decoding:
             while sequence.cache is not None and self._room(sequence, 1) == 0:
-                self._preempt_youngest()
+                self._preempt(self._least_important())
             if sequence.cache is not None:
                 chunks.append(self._take(sequence, sequence.cache, 1))
         return chunks
 
-    def _prefills(self, budget: int) -> list[ScheduledChunk]:
-        chunks: list[ScheduledChunk] = []
-        for sequence in self.running:
-            if sequence.decoding or sequence.cache is None:
+    def _admit(self) -> None:
+        passed: list[Sequence] = []
+        free_slots = self.max_num_seqs - sum(each.num_slots for each in self.running)
+        while free_slots and len(passed) < MAX_TRIES:
+            sequence = self.waiting.next(passed)
+            if sequence is None:
+                return
+            if sequence.num_slots > free_slots or not self._fits_beside_running(sequence):
+                passed.append(sequence)
+                if sequence.num_passed >= MAX_PASSED:
+                    return
                 continue
-            count = self._room(sequence, min(sequence.num_pending_tokens, budget))
-            if count > 0:
-                chunks.append(self._take(sequence, sequence.cache, count))
-                budget -= count
-        while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            growing = [
-                (other.cache, len(other.token_ids) + 1)
-                for other in self.running
-                if other.cache is not None
-            ]
-            if not self.cache.has_room(len(sequence.token_ids) + 1, growing):
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.cache = self.cache.begin()
-            count = self._room(sequence, min(sequence.num_pending_tokens, budget))
-            if count == 0:
-                break
-            chunks.append(self._take(sequence, sequence.cache, count))
-            budget -= count
+            for other in passed:
+                other.num_passed += 1
+            self.waiting.admit(sequence)
+            self._begin(sequence)
+            free_slots -= sequence.num_slots
+
+    def _fits_beside_running(self, sequence: Sequence) -> bool:
+        if not self.running:
+            return True
+        wanted = sequence.reservation(self._match(sequence))
+        return self.cache.has_room(wanted, (each.reservation() for each in self.running))
+
+    def _match(self, sequence: Sequence) -> PrefixMatch | None:
+        if not sequence.may_share_prefix:
+            return None
+        return self.cache.match(sequence.keys, len(sequence.token_ids))
+
+    def _begin(self, sequence: Sequence) -> None:
+        match = self._match(sequence)
+        sequence.cache = self.cache.begin(sequence.policies, match)
+        sequence.num_computed_tokens = sequence.cache.num_tokens
+        self.running.append(sequence)
+        if sequence.started is None:
+            sequence.started = time.monotonic()
+            self._started.append(sequence)
+            if match is not None:
+                sequence.num_cached_tokens = match.num_tokens
+                sequence.cache_misses = dict(match.misses)
+
+    def _prefills(self, num_decodes: int) -> list[ScheduledChunk]:
+        prompts = [each for each in self.running if not each.decoding]
+        budget = self.max_num_batched_tokens - num_decodes
+        if num_decodes:
+            budget = min(budget, self.chunked_prefill_size)
+        chunks: list[ScheduledChunk] = []
+        for sequence, count in _share(prompts, budget):
+            cache = sequence.cache
+            assert cache is not None
+            most = min(count, SCORED_CHUNK_TOKENS) if sequence.scores_prompt else count
+            room = self._room(sequence, most)
+            if room > 0:
+                chunks.append(self._take(sequence, cache, room))
         return chunks
 
     def _room(self, sequence: Sequence, num_tokens: int) -> int:
@@ -125,17 +224,39 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, cache: SequenceCache, num_tokens: int) -> ScheduledChunk:
         self.cache.extend(cache, num_tokens)
+        sequence.note_bytes(self.cache)
         return ScheduledChunk(sequence, cache, num_tokens)
 
-    def _preempt_youngest(self) -> None:
-        sequence = self.running.pop()
+    def _least_important(self) -> Sequence:
+        # Of equals the last, which is the youngest.
+        return max(reversed(self.running), key=lambda each: each.request.priority)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
         self._release(sequence)
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
+        sequence.restart()
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.cache is not None
         self.cache.free(sequence.cache)
         sequence.cache = None
+
+
+def _share(prompts: list[Sequence], budget: int) -> Iterable[tuple[Sequence, int]]:
+    """Deal a step's prompt tokens: a part to the oldest prompt, the rest to the shortest first."""
+    if not prompts:
+        return
+    oldest = prompts[0]
+    dealt = min(oldest.num_pending_tokens, -(-budget // OLDEST_SHARE))
+    budget -= dealt
+    # Sorting keeps the order of admission among equals.
+    for sequence in sorted(
+        prompts, key=lambda each: (each.request.priority, each.num_pending_tokens)
+    ):
+        already = dealt if sequence is oldest else 0
+        count = min(sequence.num_pending_tokens - already, budget)
+        budget -= count
+        if already + count:
+            yield sequence, already + count

@@ -1,62 +1,120 @@
-"""One request inside the engine."""
+"""One completion inside the engine."""
 
-from collections.abc import Sequence as TokenIds
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from headlong.cache.kv_cache import SequenceCache
+from headlong.cache.kv_cache import KVCache
+from headlong.cache.policy import HeadPolicy
+from headlong.cache.prefix_keys import PrefixKeys
+from headlong.cache.prefix_match import PrefixMatch
+from headlong.cache.reservation import Reservation
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.server.engine.detokenizer import Detokenizer, StopStrings
-from headlong.server.engine.outputs import FinishReason
-from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.outputs import FinishReason, PositionLogprobs
+from headlong.server.engine.request import EngineRequest
+
+if TYPE_CHECKING:
+    from headlong.server.engine.structured import StructureMatcher
+
+UNASKED_COMPLETION_TOKENS = 1024
+"""Reserved for a completion whose length the client left open."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """What the engine decided of a request's cache.
+
+    Attributes:
+        policies: What it keeps of each head group.
+        keys: Of its blocks in the prefix cache.
+        max_len: Most tokens of prompt and completion.
+    """
+
+    policies: tuple[HeadPolicy, ...]
+    keys: PrefixKeys
+    max_len: int
 
 
 class Sequence:
-    """Tokens, progress and cache of one request.
+    """Tokens, progress and cache of one completion.
 
     Args:
-        request_id: The client's handle.
-        prompt_token_ids: At least one.
-        params: How to sample and when to stop.
+        request: What was asked.
+        index: Which of its completions this is.
+        plan: What the engine decided.
         tokenizer: For the text.
-        seed: Of its random numbers, if the request brings none.
+        seed: Of its random numbers.
         device: Where it samples.
 
     Attributes:
         token_ids: Prompt and completion.
         num_prompt_tokens: Length of the prompt.
         num_computed_tokens: Tokens whose K and V are in the cache.
+        num_cached_tokens: Prompt tokens that the prefix cache had.
+        cache_misses: Prompt tokens that it did not have, by reason.
         cache: Block tables while it runs, None while it waits.
+        matcher: Keeps it to its structure, if it has one.
+        prompt_logprobs: Of the prompt's tokens but the first, as far as they are known.
+        started: When it first ran, in seconds of `time.monotonic`.
+        num_passed: Sequences that were admitted before it although it was their better.
+        kv_bytes_peak: Most bytes of cache that it held.
         finish_reason: Set when it is done.
         stop_reason: The stop string or token that ended it.
-        num_preemptions: Times its blocks were taken away.
     """
 
     def __init__(
         self,
-        request_id: str,
-        prompt_token_ids: TokenIds[int],
-        params: SamplingParams,
+        request: EngineRequest,
+        index: int,
+        plan: SequencePlan,
         tokenizer: PreTrainedTokenizerBase,
         *,
         seed: int,
         device: torch.device,
     ) -> None:
-        self.request_id = request_id
-        self.params = params
-        self.token_ids = list(prompt_token_ids)
+        self.request = request
+        self.index = index
+        self.params = request.params
+        self.policies = plan.policies
+        self.max_len = plan.max_len
+        self._keys = plan.keys
+        self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.cache_misses: Mapping[str, int] = {}
         self.cache: SequenceCache | None = None
+        self.matcher: StructureMatcher | None = None
+        self.prompt_logprobs: list[PositionLogprobs] = []
+        self.started: float | None = None
+        self.num_passed = 0
+        self.kv_bytes_peak = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.num_preemptions = 0
         self.generator = torch.Generator(device)
-        self.generator.manual_seed(seed if params.seed is None else params.seed)
+        self.generator.manual_seed(seed)
+        self._parked: list[Sequence] = []
         self._detokenizer = Detokenizer(
-            tokenizer, self.token_ids, skip_special_tokens=params.skip_special_tokens
+            tokenizer, self.token_ids, skip_special_tokens=self.params.skip_special_tokens
         )
-        self._stop_strings = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._stop_strings = StopStrings(
+            self.params.stop, include=self.params.include_stop_str_in_output
+        )
+
+    @property
+    def request_id(self) -> str:
+        """The client's handle, which all completions of a request share."""
+        return self.request.request_id
+
+    @property
+    def keys(self) -> PrefixKeys:
+        """Keys of all full blocks so far."""
+        self._keys.extend(self.token_ids)
+        return self._keys
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -83,13 +141,80 @@ class Sequence:
         """Whether nothing more will come."""
         return self.finish_reason is not None
 
-    def append(self, token_id: int, eos_token_ids: frozenset[int], max_model_len: int) -> str:
+    @property
+    def num_slots(self) -> int:
+        """Places it takes among running sequences, those parked with it included."""
+        return 1 + len(self._parked)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logits of its prompt are still wanted."""
+        wanted = self.params.prompt_logprobs is not None and self.index == 0
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether the log probabilities of its prompt were wanted, and are known."""
+        return self.params.prompt_logprobs is not None and self.index == 0
+
+    @property
+    def may_share_prefix(self) -> bool:
+        """Whether blocks that others computed will do; logits need a pass of its own."""
+        return not self.scores_prompt
+
+    def park(self, others: list["Sequence"]) -> None:
+        """Let the other completions of the request wait for this one's prompt."""
+        self._parked = others
+
+    def take_parked(self) -> list["Sequence"]:
+        """Hand out those that wait for this one's prompt."""
+        parked, self._parked = self._parked, []
+        return parked
+
+    def follow(self, other: "Sequence") -> None:
+        """Take over what another completion of the request knows of their prompt."""
+        self.started = other.started
+        self.num_cached_tokens = other.num_cached_tokens
+        self.cache_misses = other.cache_misses
+        self._keys = other.keys.copy()
+
+    def restart(self) -> None:
+        """Forget what was computed: the blocks are gone."""
+        self.num_computed_tokens = 0
+        if self.scores_prompt:
+            self.prompt_logprobs = []
+
+    def note_bytes(self, cache: KVCache) -> None:
+        """Remember the most bytes of blocks that it held."""
+        assert self.cache is not None
+        self.kv_bytes_peak = max(self.kv_bytes_peak, cache.sequence_bytes(self.cache))
+
+    def reservation(self, match: PrefixMatch | None = None) -> Reservation:
+        """What of the cache it may still come to need.
+
+        Args:
+            match: What it will share, if it has not begun.
+        """
+        asked = self.params.max_tokens
+        if not self.request.asked_max_tokens:
+            asked = min(asked, UNASKED_COMPLETION_TOKENS)
+        # The last token of a completion is never computed, but one more is always on its way.
+        length = max(self.num_prompt_tokens + asked - 1, len(self.token_ids) + 1)
+        return Reservation(
+            policies=self.policies,
+            num_tokens=min(length, self.max_len),
+            cache=self.cache,
+            match=match,
+            forks=len(self._parked),
+            fork_tokens=self.num_prompt_tokens,
+        )
+
+    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> str:
         """Add a sampled token and decide whether the completion ends.
 
         Args:
             token_id: The token.
             eos_token_ids: Tokens that end a completion of this model.
-            max_model_len: Most tokens of prompt and completion.
 
         Returns:
             Text that it makes safe to show.
@@ -108,7 +233,12 @@ class Sequence:
             if stop is not None:
                 self.finish_reason, self.stop_reason = "stop", stop
                 return text
-        full = len(self.token_ids) >= max_model_len
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+            if self.matcher.finished:
+                self.finish_reason = "stop"
+                return text + self._flush()
+        full = len(self.token_ids) >= self.max_len
         if self.num_output_tokens >= params.max_tokens or full:
             self.finish_reason = "length"
             return text + self._flush()

@@ -102,6 +102,8 @@ class EngineStats:
         step_prefill_tokens: Prompt tokens of the last step.
         step_decode_tokens: Decodes of the last step.
         step_s: Seconds that the last step took.
+        step_s_total: Seconds in steps.
+        model_s_total: Of these, seconds in the model's pass and in sampling.
         canary: What compression costs.
     """
 
@@ -121,4 +123,6 @@ class EngineStats:
     step_prefill_tokens: int = 0
     step_decode_tokens: int = 0
     step_s: float = 0.0
+    step_s_total: float = 0.0
+    model_s_total: float = 0.0
     canary: CanaryStats = field(default_factory=CanaryStats)

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from headlong.cache.arena import Arena
-from headlong.cache.kv_cache import KVCache, SequenceCache
+from headlong.cache.kv_cache import KVCache
+from headlong.cache.policy import HeadPolicy
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.backend import AttentionBackend, make_backend
 from headlong.server.engine.attention import PagedStep
 from headlong.server.engine.batch import build_attention_batch, packed_positions
@@ -63,27 +65,36 @@ class PagedForward:
         self._chunk_tokens = chunk_tokens
         self.kv_bytes = 0
 
-    def logits(self, token_ids: Sequence[int]) -> Generator[torch.Tensor, None, None]:
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        policies: tuple[HeadPolicy, ...] | None = None,
+        since: int = 0,
+    ) -> Generator[torch.Tensor, None, None]:
         """Runs a sequence, chunk by chunk as the caller asks for them.
 
         Leaving the iterator early gives the blocks back when it is closed.
 
         Args:
             token_ids: At least one.
+            policies: What each head group keeps; by default its own policy.
+            since: First position whose logits are wanted.
 
         Yields:
-            float32 [chunk, vocab_size]: row i of all chunks together is what the model says of
-            token i + 1. A chunk has `chunk_tokens` rows, and the last one what is left.
+            float32 [rows, vocab_size]: row i of all chunks together is what the model says of
+            token `since` + i + 1. A chunk has `chunk_tokens` tokens, the last one what is left,
+            and a row for each from `since` on.
 
         Raises:
             InvalidRequestError: There are no tokens, or one is not in the vocabulary.
             ContextLengthError: There are too many.
         """
         self._check(token_ids)
-        sequence = self._cache.begin()
+        sequence = self._cache.begin(policies)
         try:
             for start in range(0, len(token_ids), self._chunk_tokens):
-                yield self._chunk(sequence, token_ids[start : start + self._chunk_tokens])
+                chunk = token_ids[start : start + self._chunk_tokens]
+                yield self._chunk(sequence, chunk, max(0, since - start))
             self.kv_bytes = self._cache.sequence_bytes(sequence)
         finally:
             self._cache.free(sequence)
@@ -102,7 +113,9 @@ class PagedForward:
             )
 
     @torch.inference_mode()
-    def _chunk(self, sequence: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def _chunk(
+        self, sequence: SequenceCache, token_ids: Sequence[int], first_row: int
+    ) -> torch.Tensor:
         count = len(token_ids)
         self._cache.extend(sequence, count)
         positions = packed_positions(np.array([sequence.num_tokens]), np.array([count]))
@@ -112,7 +125,7 @@ class PagedForward:
             logits = self._model.forward(
                 to_device(torch.tensor(token_ids), device),
                 to_device(torch.from_numpy(positions), device),
-                torch.arange(count, device=device),
+                torch.arange(min(first_row, count), count, device=device),
                 PagedStep(self._attention, plan),
             )
         self._cache.release_expired(sequence)

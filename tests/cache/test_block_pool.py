@@ -49,9 +49,9 @@ def test_a_free_block_can_be_neither_released_nor_shared() -> None:
     pool = BlockPool(2)
     (block,) = pool.allocate(1)
     pool.release([block])
-    with pytest.raises(ValueError, match=f"block {block} is free"):
+    with pytest.raises(ValueError, match=f"block {block} is free.*cannot be"):
         pool.release([block])
-    with pytest.raises(ValueError, match=f"block {block} is free and cannot be shared or released"):
+    with pytest.raises(ValueError, match=f"block {block} is free.*cannot be shared"):
         pool.share([block])
     pool.check_integrity([])
     assert pool.num_free == 2

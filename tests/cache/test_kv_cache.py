@@ -9,13 +9,19 @@ from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import BlockCopy, KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
+from headlong.cache.reservation import Reservation
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.layout import PageLayout, build_arena_layout
 
 STREAMING = HeadPolicy(sink_size=3, window_size=6)
 
 
 def build_cache(
-    policies: Sequence[HeadPolicy], block_sizes: Sequence[int], num_blocks: Sequence[int]
+    policies: Sequence[HeadPolicy],
+    block_sizes: Sequence[int],
+    num_blocks: Sequence[int],
+    *,
+    prefix_caching: bool = False,
 ) -> KVCache:
     groups = [HeadGroup(f"g{i}", policy, ((0, i),)) for i, policy in enumerate(policies)]
     layout = build_arena_layout(
@@ -23,7 +29,11 @@ def build_cache(
         pages=tuple(PageLayout(size, 2, torch.float32) for size in block_sizes),
         num_blocks=tuple(num_blocks),
     )
-    return KVCache(groups, layout)
+    return KVCache(groups, layout, prefix_caching=prefix_caching)
+
+
+def reaching(cache: KVCache, num_tokens: int, sequence: SequenceCache | None = None) -> Reservation:
+    return Reservation(cache.policies(), num_tokens, sequence)
 
 
 def test_a_long_sequence_keeps_its_sinks_and_window() -> None:
@@ -121,12 +131,13 @@ def test_room_counts_what_others_have_yet_to_grow() -> None:
     cache = build_cache([RETRIEVAL, STREAMING], [4, 4], [10, 10])
     other = cache.begin()
     cache.extend(other, 8)
-    assert cache.has_room(32, [])
-    assert not cache.has_room(33, [])
-    assert cache.has_room(16, [(other, 24)])
-    assert not cache.has_room(17, [(other, 24)])
+    assert cache.has_room(reaching(cache, 32), [])
+    assert not cache.has_room(reaching(cache, 33), [])
+    growing = reaching(cache, 24, other)
+    assert cache.has_room(reaching(cache, 16), [growing])
+    assert not cache.has_room(reaching(cache, 17), [growing])
     # What another holds beyond its promised length is no gift.
-    assert not cache.has_room(33, [(other, 4)])
+    assert not cache.has_room(reaching(cache, 33), [reaching(cache, 4, other)])
 
 
 @given(
@@ -149,7 +160,7 @@ def test_a_sequence_that_fits_has_room_and_can_always_go_on(
     cache = build_cache(policies, block_sizes, num_blocks)
     if not cache.fits(num_tokens):
         return
-    assert cache.has_room(num_tokens, [])
+    assert cache.has_room(reaching(cache, num_tokens), [])
     sequence = cache.begin()
     while sequence.num_tokens < num_tokens:
         count = cache.max_extension(sequence, min(chunk, num_tokens - sequence.num_tokens))

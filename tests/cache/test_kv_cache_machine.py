@@ -20,8 +20,9 @@ from hypothesis.stateful import (
 
 from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.groups import HeadGroup
-from headlong.cache.kv_cache import KVCache, SequenceCache
+from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.layout import PageLayout, build_arena_layout
 from support.visibility import reachable
 
@@ -63,7 +64,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             pages=tuple(PageLayout(size, 2, torch.float32) for size in block_sizes),
             num_blocks=num_blocks,
         )
-        self.cache = KVCache(self.groups, layout)
+        self.cache = KVCache(self.groups, layout, prefix_caching=False)
         self.live: list[Life] = []
         self.written = 0
         # Marker at (group, slot).

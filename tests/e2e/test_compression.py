@@ -60,7 +60,7 @@ def test_bytes_owned_follow_the_policy() -> None:
     for each in (engine, full):
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         each.add_request(EngineRequest("r", prompt, params))
-        while each.step() == []:
+        while not any(output.token_ids for output in each.step()):
             pass
         owned.append(each.cache.owned_bytes)
         assert owned[-1] == each.plan.sequence_bytes(1000)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import headlong.server.engine.sequence as sequence_module
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.request import EngineRequest
 from support.engines import build_engine, greedy, random_profile, random_prompts, run
@@ -70,8 +71,12 @@ def test_late_arrivals(build: Build, expected: list[list[int]]) -> None:
     assert [tokens[str(index)] for index in range(len(PROMPTS))] == expected
 
 
-def test_preemption(build: Build) -> None:
-    """Eight completions in an arena that holds about three of them at their full length."""
+def test_preemption(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight completions in an arena that holds about three of them at their full length.
+
+    Their lengths are left open and nothing is reserved for them: what is asked for is reserved.
+    """
+    monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
     prompts = random_prompts([16] * 8, VOCAB_SIZE, seed=9)
     params = greedy(60)
     engine = build()
@@ -82,5 +87,43 @@ def test_preemption(build: Build) -> None:
         max_num_batched_tokens=64,
         max_model_len=80,
     )
-    assert run(small, prompts, params) == expected
+    assert run(small, prompts, params, asked_max_tokens=False) == expected
     assert small.scheduler.num_preemptions > 0
+    small = Engine(small.config, small.model)
+    assert run(small, prompts, params) == expected
+    assert small.scheduler.num_preemptions == 0
+
+
+def test_prefix_hits(build: Build, expected: list[list[int]]) -> None:
+    """The same prompts again, then conversations that go on from what was said."""
+    engine = build(block_size=8)
+    assert run(engine, PROMPTS, PARAMS) == expected
+    before = engine.stats()
+    assert run(engine, PROMPTS, PARAMS) == expected
+    for index, prompt in enumerate(PROMPTS):
+        assert run(engine, [prompt], PARAMS)[0] == expected[index]
+    longer = [prompt + answer + [5, 6, 7] for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    cold = build(block_size=8, enable_prefix_caching=False)
+    for prompt in longer:
+        assert run(engine, [prompt], PARAMS) == run(cold, [prompt], PARAMS)
+    after = engine.stats()
+    assert cold.stats().prefix_hits_total == 0
+    looked_up = after.prefix_queries_total - before.prefix_queries_total
+    assert (after.prefix_hits_total - before.prefix_hits_total) / looked_up > 0.8
+
+
+def test_forks(build: Build, expected: list[list[int]]) -> None:
+    """Several greedy completions of a prompt are the same, and its prompt is computed once."""
+    engine = build(block_size=8)
+    longest = max(range(len(PROMPTS)), key=lambda index: len(PROMPTS[index]))
+    engine.add_request(EngineRequest("r", PROMPTS[longest], PARAMS, n=4))
+    tokens: list[list[int]] = [[] for _ in range(4)]
+    computed = 0
+    while engine.has_work:
+        for output in engine.step():
+            tokens[output.index].extend(output.token_ids)
+        computed += engine.stats().step_prefill_tokens
+        engine.cache.check_integrity()
+    assert tokens == [expected[longest]] * 4
+    assert computed == len(PROMPTS[longest])
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)

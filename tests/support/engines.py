@@ -60,12 +60,16 @@ def run(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
+    **options: object,
 ) -> list[list[int]]:
-    """Serve prompts together; the tokens of each. Leaves the cache empty, and checks that."""
+    """Serve prompts together; the tokens of each. Leaves the cache empty, and checks that.
+
+    `options` are those of `EngineRequest`.
+    """
     chosen = params if isinstance(params, Sequence) else [params or greedy()] * len(prompts)
     tokens: Mapping[str, list[int]] = {str(index): [] for index in range(len(prompts))}
     for index, (prompt, each) in enumerate(zip(prompts, chosen, strict=True)):
-        engine.add_request(EngineRequest(str(index), prompt, each))
+        engine.add_request(EngineRequest(str(index), prompt, each, **options))  # type: ignore[arg-type]
     while engine.has_work:
         for output in engine.step():
             tokens[output.request_id].extend(output.token_ids)

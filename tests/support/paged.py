@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from headlong.cache.groups import HeadGroup, build_head_groups
-from headlong.cache.kv_cache import KVCache, SequenceCache
+from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels import reference
 from headlong.kernels.batch import AttentionBatch
 from headlong.kernels.layout import ArenaLayout, PageLayout, build_arena_layout

@@ -5,6 +5,7 @@ run anew over the same addresses.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,9 +38,11 @@ def with_graphs(engine: Engine) -> "DecodeGraphs":
     from headlong.kernels.triton_attention import TritonAttention
     from headlong.server.engine.decode_graphs import DecodeGraphs
 
-    assert isinstance(engine._attention, TritonAttention)
-    graphs = DecodeGraphs(engine.model, engine._attention, engine.config.max_num_seqs, run_again)
-    engine._graphs = graphs
+    assert isinstance(engine._forward.attention, TritonAttention)
+    graphs = DecodeGraphs(
+        engine.model, engine._forward.attention, engine.config.max_num_seqs, run_again
+    )
+    engine._forward.graphs = graphs
     return graphs
 
 
@@ -101,7 +104,9 @@ def test_a_model_that_cannot_be_captured_runs_without_graphs(
 
     monkeypatch.setattr("headlong.server.engine.decode_graphs.DecodeGraphs", fail)
     monkeypatch.setattr(engine, "model", replace(engine.model, device=torch.device("cuda")))
-    assert engine._capture_graphs() is None
+    monkeypatch.setattr("headlong.server.engine.engine.current", nullcontext)
+    engine._capture_graphs()
+    assert not engine.uses_cuda_graphs
     assert said in caplog.text
 
 

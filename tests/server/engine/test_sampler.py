@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampler import sample
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.sequence import Sequence
 from headlong.server.errors import InvalidRequestError
+from support.sequences import make_sequence
 from support.tiny_models import save_byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ class Draws:
         self.tokenizer = tokenizer
 
     def sequence(self, params: SamplingParams, prompt: tuple[int, ...] = (5,)) -> Sequence:
-        return Sequence("r", prompt, params, self.tokenizer, seed=0, device=CPU)
+        return make_sequence(EngineRequest("r", prompt, params), self.tokenizer)
 
     def __call__(self, logits: list[float], count: int = 400, **params: object) -> list[int]:
         sequence = self.sequence(SamplingParams(seed=7, **params))  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from headlong.cache.kv_cache import SequenceCache
+from headlong.cache.sequence_cache import SequenceCache
 from headlong.profiling.evaluation_tokens import token_metrics
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.model import load_model
@@ -119,11 +119,11 @@ def test_an_error_holds_no_blocks_while_it_is_handled(
     whole = sides[broken_side]._chunk
     owned: list[int] = []
 
-    def broken(sequence: SequenceCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def broken(sequence: SequenceCache, token_ids: Sequence[int], first_row: int) -> torch.Tensor:
         if sequence.num_tokens:
             owned.extend(side._cache.owned_bytes for side in sides)
             raise RuntimeError("the second chunk")
-        return whole(sequence, token_ids)
+        return whole(sequence, token_ids, first_row)
 
     monkeypatch.setattr(sides[broken_side], "_chunk", broken)
     try:

@@ -1,0 +1,167 @@
+"""What compression costs on real traffic: finished requests scored again over the full cache.
+
+While the engine is idle, a share of the finished requests runs once more, with what its heads kept
+and with the full cache, chunk by chunk side by side. For every token of the completion the two
+distributions are compared. The work makes way at once when a request comes, and starts over later.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from headlong.cache.block_pool import OutOfBlocksError
+from headlong.cache.kv_cache import KVCache
+from headlong.cache.policy import RETRIEVAL, HeadPolicy
+from headlong.kernels.backend import AttentionBackend
+from headlong.server.engine.device import free_memory, is_out_of_memory
+from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.sequence import Sequence
+from headlong.server.engine.status import CanaryStats
+from headlong.server.engine.token_scores import PagedForward
+
+MAX_PENDING = 16
+"""Requests that may wait to be scored; a busy server chooses among all that finish meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    token_ids: list[int]
+    num_prompt_tokens: int
+    policies: tuple[HeadPolicy, ...]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over one request's completion."""
+
+    tokens: int = 0
+    kl: float = 0.0
+    agreed: int = 0
+
+
+class Canary:
+    """Scores finished requests in pieces.
+
+    Args:
+        model: The model.
+        cache: Where the requests ran, and where they run again.
+        attention: The backend over the cache's arena.
+        max_model_len: Most tokens of a request.
+        rate: Fraction of the finished requests to score.
+        seed: Of the choice.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache: KVCache,
+        attention: AttentionBackend[Any],
+        max_model_len: int,
+        *,
+        rate: float,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._full = cache.policies(RETRIEVAL)
+        self._forward = PagedForward(model, cache, attention, max_model_len)
+        self._rate = rate
+        self._random = random.Random(seed)
+        self._pending: deque[_Finished] = deque()
+        self._work: Generator[None, None, _Sums] | None = None
+        self._skipped: Counter[str] = Counter()
+        self.stats = CanaryStats()
+
+    def offer(self, sequence: Sequence) -> None:
+        """Let chance decide whether a finished sequence is scored."""
+        if self._rate == 0.0 or self._random.random() >= self._rate:
+            return
+        if sequence.policies == self._full:
+            self._skip("full_already")
+        elif sequence.num_output_tokens < 1:
+            self._skip("no_completion")
+        elif len(self._pending) >= MAX_PENDING:
+            self._skip("busy")
+        else:
+            self._pending.append(
+                _Finished(list(sequence.token_ids), sequence.num_prompt_tokens, sequence.policies)
+            )
+
+    def step(self) -> bool:
+        """Run a piece.
+
+        Returns:
+            False if there is nothing to score.
+        """
+        if not self._pending:
+            return False
+        if self._work is None:
+            self._work = self._score(self._pending[0])
+        try:
+            next(self._work)
+        except StopIteration as done:
+            self._note(done.value)
+        except OutOfBlocksError:
+            self._drop("no_room")
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            free_memory(self._model.device)
+            self._drop("out_of_memory")
+        return True
+
+    def make_way(self) -> None:
+        """Give all blocks back; the request in progress starts over at the next step."""
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+
+    def _score(self, finished: _Finished) -> Generator[None, None, _Sums]:
+        # The logits at a token are about the next one; the last token has none.
+        tokens = finished.token_ids[:-1]
+        first = finished.num_prompt_tokens - 1
+        sums = _Sums()
+        with ExitStack() as stack:
+            served, full = (
+                stack.enter_context(closing(self._forward.logits(tokens, policies, since=first)))
+                for policies in (finished.policies, self._full)
+            )
+            for own, reference in zip(served, full, strict=True):
+                if len(own):
+                    _compare(own, reference, sums)
+                yield
+        return sums
+
+    def _note(self, sums: _Sums) -> None:
+        self._pending.popleft()
+        self._work = None
+        before = self.stats
+        self.stats = replace(
+            before,
+            requests=before.requests + 1,
+            tokens=before.tokens + sums.tokens,
+            kl_sum=before.kl_sum + sums.kl,
+            top1_agreed=before.top1_agreed + sums.agreed,
+        )
+
+    def _drop(self, reason: str) -> None:
+        self.make_way()
+        self._pending.popleft()
+        self._skip(reason)
+
+    def _skip(self, reason: str) -> None:
+        self._skipped[reason] += 1
+        self.stats = replace(self.stats, skipped=dict(self._skipped))
+
+
+def _compare(served: torch.Tensor, full: torch.Tensor, sums: _Sums) -> None:
+    """Add sum_v p(v) (ln p(v) - ln q(v)) of each row, p from the full cache and q as served."""
+    p, q = torch.log_softmax(full, dim=-1), torch.log_softmax(served, dim=-1)
+    sums.tokens += len(served)
+    sums.kl += float((p.exp() * (p - q)).sum())
+    sums.agreed += int((served.argmax(dim=-1) == full.argmax(dim=-1)).sum())
