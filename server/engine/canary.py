@@ -115,6 +115,11 @@ class Canary:
             self._drop("out_of_memory")
         return True
 
+    def forget(self) -> None:
+        """Score none of the requests that wait for it."""
+        self.make_way()
+        self._pending.clear()
+
     def make_way(self) -> None:
         """Give all blocks back; the request in progress starts over at the next step."""
         if self._work is not None:

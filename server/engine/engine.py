@@ -112,6 +112,7 @@ class Engine:
         self._reporter = TokenReporter(self.tokenizer)
         self._counters = Counters()
         self._warm_up()
+        self._forget()
         self._capture_graphs()
 
     def _make_attention(self, layout: ArenaLayout) -> AttentionBackend[Any]:
@@ -353,6 +354,12 @@ class Engine:
                 "attention_backend 'torch' does without them",
                 "attention_backend",
             ) from error
+
+    def _forget(self) -> None:
+        """Leave no trace of the warm-up in the prefix cache and in the figures."""
+        self.cache.forget_prefixes()
+        self._canary.forget()
+        self._counters = Counters()
 
     def _capture_graphs(self) -> None:
         """Capture decodes as CUDA graphs where that is possible and wanted."""

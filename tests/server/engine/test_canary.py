@@ -1,0 +1,112 @@
+"""Finished requests scored again over the full cache."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from headlong.cache.policy import RETRIEVAL
+from headlong.server.engine.engine import Engine
+from headlong.server.engine.request import EngineRequest, KVPolicy
+from headlong.server.engine.token_scores import PagedForward
+from support.engines import build_engine, greedy, random_profile, random_prompts
+from support.tiny_models import VOCAB_SIZE
+
+PROMPT = random_prompts([90], VOCAB_SIZE, seed=4)[0]
+
+
+@pytest.fixture
+def build(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Engine]:
+    folder = tiny_model("qwen3")
+    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
+
+    def make(**changes: object) -> Engine:
+        settings: dict[str, object] = {
+            "profile": profile,
+            "canary_rate": 1.0,
+            "max_model_len": 512,
+            "kv_policy_tokens": 512,
+        }
+        return build_engine(folder, **(settings | changes))
+
+    return make
+
+
+def serve(engine: Engine, name: str = "r", **options: object) -> list[int]:
+    engine.add_request(EngineRequest(name, PROMPT, greedy(12), **options))  # type: ignore[arg-type]
+    return [
+        token
+        for output in iter(lambda: engine.step() if engine.has_work else None, None)
+        for each in output
+        for token in each.token_ids
+    ]
+
+
+def logits_of(engine: Engine, tokens: list[int], *, full: bool) -> torch.Tensor:
+    forward = PagedForward(engine.model, engine.cache, engine._forward.attention, 512)
+    policies = engine.cache.policies(RETRIEVAL if full else None)
+    return torch.cat(list(forward.logits(tokens, policies))).double()
+
+
+def test_the_figures_are_those_of_two_whole_passes(build: Callable[..., Engine]) -> None:
+    engine = build()
+    tokens = PROMPT + serve(engine)
+    assert engine.stats().canary.requests == 0
+    while engine.idle_step():
+        engine.cache.check_integrity()
+    found = engine.stats().canary
+    assert (found.requests, found.tokens) == (1, 12)
+    served, full = (
+        torch.log_softmax(logits_of(engine, tokens[:-1], full=full)[len(PROMPT) - 1 :], dim=-1)
+        for full in (False, True)
+    )
+    expected = float((full.exp() * (full - served)).sum())
+    assert expected > 1e-3, "the profile must cost something, or there is nothing to compare"
+    assert found.kl_sum == pytest.approx(expected, rel=1e-4)
+    assert found.top1_agreed == int((served.argmax(-1) == full.argmax(-1)).sum())
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+
+
+def test_a_request_that_kept_everything_needs_no_second_look(build: Callable[..., Engine]) -> None:
+    engine = build()
+    serve(engine, kv_policy=KVPolicy(full=True))
+    assert not engine.idle_step()
+    assert engine.stats().canary.skipped == {"full_already": 1}
+
+
+def test_it_makes_way_for_requests_and_starts_over(build: Callable[..., Engine]) -> None:
+    engine = build()
+    tokens = serve(engine)
+    assert engine.idle_step()
+    assert engine.cache.owned_blocks != (0,) * len(engine.groups)
+    assert serve(engine, "other", kv_policy=KVPolicy(full=True)) != []
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+    engine.add_request(EngineRequest("running", PROMPT, greedy(2)))
+    assert not engine.idle_step(), "requests come first"
+    engine.abort("running")
+    while engine.idle_step():
+        pass
+    assert engine.stats().canary.requests == 1
+    assert engine.stats().canary.tokens == len(tokens)
+
+
+def test_what_does_not_fit_is_skipped(build: Callable[..., Engine]) -> None:
+    engine = build(kv_policy_tokens=0, max_num_seqs=1, max_num_batched_tokens=16, block_size=8)
+    serve(engine)
+    while engine.idle_step():
+        engine.cache.check_integrity()
+    assert engine.stats().canary.skipped == {"no_room": 1}
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+
+
+def test_the_rate_is_a_share(build: Callable[..., Engine]) -> None:
+    engine = build(canary_rate=0.25)
+    for index in range(40):
+        serve(engine, str(index))
+        while engine.idle_step():
+            pass
+    assert 2 <= engine.stats().canary.requests <= 20
+    silent = build(canary_rate=0.0)
+    serve(silent)
+    assert not silent.idle_step()
