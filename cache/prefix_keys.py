@@ -8,9 +8,10 @@ covers the whole prefix and what every head group keeps.
 """
 
 import hashlib
-from array import array
 from collections.abc import Sequence
 from copy import copy
+
+import numpy as np
 
 from headlong.cache.policy import HeadPolicy
 
@@ -34,13 +35,15 @@ class PrefixKeys:
     def __init__(
         self, namespace: bytes, policies: tuple[HeadPolicy, ...], salt: str, block_size: int
     ) -> None:
-        identity = hashlib.sha256(namespace)
+        # Every part but the last is preceded by its length or has a fixed one, so that no two
+        # sets of parts read the same.
+        identity = _number(len(namespace)) + namespace + _number(len(policies))
         for policy in policies:
-            identity.update(array("q", (policy.sink_size, policy.window_size)).tobytes())
-        self._unsalted = identity.digest()
-        # Of another length than a block's tokens, so that no salt can pass for a prefix.
-        secret = hashlib.sha256(salt.encode()).digest()
-        self._root = _chain(self._unsalted, secret) if salt else self._unsalted
+            identity += _number(policy.sink_size) + _number(policy.window_size)
+        self._unsalted = hashlib.sha256(identity).digest()
+        # JSON can carry half of a surrogate pair.
+        secret = salt.encode("utf-8", "surrogatepass")
+        self._root = hashlib.sha256(identity + secret).digest()
         self._block_size = block_size
         self.policies = policies
         self.salt = salt
@@ -53,13 +56,18 @@ class PrefixKeys:
         Args:
             token_ids: All tokens of the sequence so far; those named before are not read again.
         """
-        size = self._block_size
-        for block in range(len(self.blocks), len(token_ids) // size):
-            tokens = array("q", token_ids[block * size : (block + 1) * size]).tobytes()
-            if block == 0:
-                self.first_unsalted = _chain(self._unsalted, tokens)
-            parent = self.blocks[-1] if self.blocks else self._root
-            self.blocks.append(_chain(parent, tokens))
+        first, last = len(self.blocks), len(token_ids) // self._block_size
+        if first == last:
+            return
+        tokens = token_ids[first * self._block_size : last * self._block_size]
+        data = np.asarray(tokens, dtype="<i8").tobytes()
+        stride = len(data) // (last - first)
+        if first == 0:
+            self.first_unsalted = _chain(self._unsalted, data[:stride])
+        key = self.blocks[-1] if self.blocks else self._root
+        for start in range(0, len(data), stride):
+            key = _chain(key, data[start : start + stride])
+            self.blocks.append(key)
 
     def copy(self) -> "PrefixKeys":
         """The same keys, to go on from there."""
@@ -70,3 +78,7 @@ class PrefixKeys:
 
 def _chain(parent: bytes, data: bytes) -> bytes:
     return hashlib.sha256(parent + data).digest()
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "little")
