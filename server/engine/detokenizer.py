@@ -32,11 +32,14 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
-        self._shown = len(self._ids)
+        self._ids = list(prompt_token_ids)
+        self._shown = 0
+        self._known = ""
+        self._advance()
         # A prompt of token ids may end inside a character: that one is still to be shown.
-        while self._shown and self._decode(self._ids[: self._shown]).endswith(REPLACEMENT):
+        while self._known.endswith(REPLACEMENT):
             self._shown -= 1
+            self._known = self._decode(self._ids[: self._shown])
 
     def push(self, token_id: int) -> str:
         """Text that a token completes; may be empty."""
@@ -54,11 +57,15 @@ class Detokenizer:
         return text
 
     def _pending(self) -> str:
-        known = self._decode(self._ids[: self._shown])
-        return self._decode(self._ids)[len(known) :]
+        return self._decode(self._ids)[len(self._known) :]
 
     def _advance(self) -> None:
         self._ids = self._ids[-CONTEXT_TOKENS:]
+        self._known = self._decode(self._ids)
+        # Single bytes in a row are decoded as a whole: half a character would spoil all of them.
+        while len(self._ids) > 1 and self._known.startswith(REPLACEMENT):
+            del self._ids[0]
+            self._known = self._decode(self._ids)
         self._shown = len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:

@@ -86,6 +86,7 @@ def plan_arena(
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        wide_tokens=config.kv_policy_tokens,
     )
     budget = _budget(config, model)
     try:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -22,11 +21,11 @@ from headlong.server.engine.attention import (
 )
 from headlong.server.engine.device import choose_device
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.tokenizer import load_tokenizer
 from headlong.server.engine.weights import (
     dtype_name,
     first_line,
     load_weights,
-    source_of,
     weights_dtype,
 )
 from headlong.server.errors import ConfigError
@@ -132,10 +131,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = choose_device(config)
     if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
         raise ConfigError(f"cannot load model {config.model!r}: there is no such folder", "model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source_of(config))
-    except Exception as error:  # transformers raises many kinds
-        raise ConfigError(f"cannot load model {config.model!r}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(config)
     module = load_weights(config, device)
     module.set_attn_implementation(ATTENTION_NAME)
     text_config = module.config.get_text_config()

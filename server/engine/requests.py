@@ -1,6 +1,7 @@
 """The requests that an engine knows: those that wait, those that run, those being prepared."""
 
 import heapq
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -16,6 +17,8 @@ from headlong.server.errors import HeadlongError, InvalidRequestError
 
 if TYPE_CHECKING:
     from headlong.server.engine.structured import CompiledStructure, StructureCompiler
+
+logger = logging.getLogger(__name__)
 
 COMPILE_WAIT_S = 0.02
 """A step without other work waits this long for a structure, so as not to spin."""
@@ -108,7 +111,9 @@ class Requests:
             Its completions that had not ended; none if it is not known.
         """
         sequences = self._live.pop(request_id, [])
-        if self._compiling.pop(request_id, None) is not None:
+        compiling = self._compiling.pop(request_id, None)
+        if compiling is not None:
+            compiling.cancel()
             return sequences
         parked = {id(other) for each in sequences for other in each.take_parked()}
         for sequence in sequences:
@@ -148,6 +153,11 @@ class Requests:
                 structure = future.result()
             except HeadlongError as error:
                 yield Failure(request_id, error.message, "invalid_structure")
+                continue
+            except Exception as error:
+                # The compiler is other people's, and a request must not end the engine.
+                logger.exception("the structure of request %s broke the compiler", request_id)
+                yield Failure(request_id, f"its structure failed: {error}", "request_aborted")
                 continue
             del self._compiling[request_id]
             first, *_ = sequences = self._live[request_id]

@@ -41,8 +41,8 @@ def sample(
         eos_token_ids: Tokens that `min_tokens` holds off, unless a structure allows no other.
 
     Returns:
-        One token a sequence, which its matcher has not accepted yet. The same logits, parameters and seed give the same token, whatever
-        the other rows are.
+        One token a sequence, which its matcher has not accepted yet. The same logits, parameters
+        and seed give the same token, whatever the other rows are.
     """
     reports = [row for row, each in enumerate(sequences) if each.params.logprobs is not None]
     raw = torch.log_softmax(_rows(logits, reports), dim=-1) if reports else None

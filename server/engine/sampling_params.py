@@ -11,6 +11,7 @@ GREEDY_TEMPERATURE = 1e-5
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
+MAX_STRUCTURE_CHARS = 1 << 16
 
 
 StructureKind = Literal["json_object", "json_schema", "regex", "grammar"]
@@ -24,10 +25,12 @@ class Structure:
         kind: What `text` is: any JSON object, a JSON Schema, a regular expression that the whole
             text matches, or a context-free grammar in Lark's or GBNF's notation.
         text: The schema as JSON, the expression or the grammar; "" for "json_object".
+        param: The request's field that it comes from, for errors.
     """
 
     kind: StructureKind
     text: str = ""
+    param: str = field(default="structure", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headlong.server.engine.detokenizer import REPLACEMENT, Detokenizer, StopStrings
+from support.structured import byte_fallback_tokenizer
 from support.tiny_models import save_byte_tokenizer
 
 
@@ -12,6 +13,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     folder = tmp_path_factory.mktemp("tokenizer")
     save_byte_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+FALLBACK = byte_fallback_tokenizer()
+
+
+@given(prompt=st.text(max_size=8), text=st.text(max_size=30))
+def test_single_bytes_in_a_row_join_to_the_text(prompt: str, text: str) -> None:
+    text = text.replace(REPLACEMENT, "").replace("▁", "")
+    encode = FALLBACK.backend_tokenizer.encode
+    detokenizer = Detokenizer(FALLBACK, encode(prompt).ids, skip_special_tokens=True)
+    ids = encode(text, add_special_tokens=False).ids
+    assert "".join(map(detokenizer.push, ids)) == text
+    assert detokenizer.finish() == ""
 
 
 @given(prompt=st.text(max_size=8), text=st.text(max_size=30))

@@ -1,0 +1,121 @@
+"""The engine's process: ``python -m headlong.server.engine.worker FD``, started by the server.
+
+FD is one end of a socket pair. The first message on it says which engine to make. The process ends
+when it is told to, when its engine dies, or when the other end is gone.
+"""
+
+import logging
+import logging.config
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from headlong.server.engine.loop import CommandQueue, EngineLoop
+from headlong.server.engine.messages import (
+    Command,
+    Event,
+    Failed,
+    Fault,
+    FrameSplitter,
+    Ready,
+    Start,
+    decode_command,
+    encode,
+)
+from headlong.server.errors import ConfigError, HeadlongError
+
+# This module's own name is that of every program.
+logger = logging.getLogger("headlong.server.engine.worker")
+
+READ_BYTES = 1 << 16
+EXIT_FAILURE = 1
+
+
+def serve(sock: socket.socket) -> int:
+    """Make the engine that is asked for on a socket, and run it.
+
+    Args:
+        sock: Connected to the server.
+
+    Returns:
+        The process's exit code.
+    """
+    messages = _messages(sock)
+    start = next(messages, None)
+    if start is None:
+        return EXIT_FAILURE
+    assert isinstance(start, Start)
+    logging.config.dictConfig(start.log_config)
+    commands: CommandQueue = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(messages, commands), daemon=True).start()
+
+    def send(event: Event) -> None:
+        try:
+            sock.sendall(encode(event))
+        except OSError:
+            _leave()
+
+    # PyTorch takes seconds to import: from here on the server's end is watched.
+    from headlong.server.engine.engine import Engine  # noqa: PLC0415
+
+    try:
+        engine = Engine(start.config)
+    except HeadlongError as error:
+        send(Failed(Fault.of(error)))
+        return EXIT_FAILURE
+    except ValueError as error:
+        # A profile's or a checkpoint's own check, and for the operator to mend.
+        send(Failed(Fault.of(ConfigError(str(error)))))
+        return EXIT_FAILURE
+    except Exception as error:
+        logger.exception("the engine could not start")
+        send(Failed(Fault.of(HeadlongError(f"the engine could not start: {error}"))))
+        return EXIT_FAILURE
+    send(Ready(engine.info()))
+    loop = EngineLoop(engine, commands, send, start.faults)
+    return 0 if loop.run() else EXIT_FAILURE
+
+
+def _messages(sock: socket.socket) -> Iterator[Start | Command]:
+    splitter = FrameSplitter()
+    while data := sock.recv(READ_BYTES):
+        for message in splitter.feed(data):
+            yield decode_command(message)
+
+
+def _read(messages: Iterator[Start | Command], commands: CommandQueue) -> None:
+    """Pass commands on; when the server is gone, so is the process, whatever its engine does."""
+    try:
+        for message in messages:
+            assert not isinstance(message, Start)
+            commands.put(message)
+    except ConnectionError:
+        pass  # the server was killed before it had read everything
+    except Exception:
+        logger.exception("the server's commands cannot be read")
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End at once, whatever other threads do: the server is gone, and nobody is left to serve."""
+    os._exit(EXIT_FAILURE)
+
+
+def main() -> None:
+    """Runs the process."""
+    # A service manager may signal all processes of the server. It is the server that decides when
+    # its requests have ended, and then says so.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        code = serve(sock)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
