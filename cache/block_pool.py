@@ -106,10 +106,6 @@ class BlockPool:
         """Whether somebody owns a block."""
         return self._counts[block] > 0
 
-    def is_shared(self, block: int) -> bool:
-        """Whether several own a block."""
-        return self._counts[block] > 1
-
     def publish(self, block: int, key: bytes) -> None:
         """Let an owned block be found; if another one has the key, that one is found.
 
@@ -127,11 +123,20 @@ class BlockPool:
         """The block that has a key."""
         return self._found.get(key)
 
-    def touch(self, key: bytes) -> None:
-        """Make a block that nobody owns the last one to be evicted."""
-        block = self._found.get(key)
-        if block is not None and block in self._cached:
-            self._cached.move_to_end(block)
+    def holds(self, block: int, key: bytes) -> bool:
+        """Whether a block has a key, so that its contents are those of then."""
+        return self._keys[block] == key
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Make those blocks of the keys that nobody owns the last ones to be evicted.
+
+        Args:
+            keys: In the order in which their blocks are to be evicted.
+        """
+        for key in keys:
+            block = self._found.get(key)
+            if block is not None and block in self._cached:
+                self._cached.move_to_end(block)
 
     def knew(self, key: bytes) -> bool:
         """Whether a block has this key, or had it not long ago."""
@@ -145,7 +150,7 @@ class BlockPool:
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         key = self._keys[block]
-        assert key is not None
+        assert key is not None, "a cached block has a key"
         self._keys[block] = None
         del self._found[key]
         self._evicted[key] = None
@@ -174,3 +179,5 @@ class BlockPool:
             assert free[block] == (count == 0 and key is None), f"block {block}: free with a key"
             assert key is None or self._found.get(key) == block, f"block {block} is not found"
         assert len(self._found) == sum(key is not None for key in self._keys)
+        both = self._found.keys() & self._evicted.keys()
+        assert not both, f"{len(both)} keys are found and evicted"

@@ -35,6 +35,11 @@ class BlockTable:
         """Blocks of the sequence so far, those given back included."""
         return len(self.blocks) + self.window_start - self.num_sink_blocks
 
+    @property
+    def window_blocks(self) -> "array[int]":
+        """The blocks that will be given back as the window moves; none if all are kept."""
+        return array("i") if self.policy.keeps_all else self.blocks[self.num_sink_blocks :]
+
     def start_with(self, blocks: Sequence[int], num_tokens: int) -> None:
         """Begin with shared blocks, those that the table keeps of `num_tokens` tokens."""
         self.blocks = array("i", blocks)
@@ -48,11 +53,6 @@ class BlockTable:
         """Append blocks for the tokens that come next."""
         self.blocks.extend(blocks)
 
-    def slot(self, position: int) -> int:
-        """Slot (block * block_size + offset) of the token at `position`, still owned."""
-        logical, offset = divmod(position, self.block_size)
-        return self.blocks[self.entry(logical)] * self.block_size + offset
-
     def find(self, logical: int) -> int | None:
         """The block at a logical index, if the table still owns it."""
         if logical >= self.num_sink_blocks:
@@ -60,22 +60,6 @@ class BlockTable:
             if logical < self.num_sink_blocks:
                 return None
         return self.blocks[logical] if logical < len(self.blocks) else None
-
-    def entry(self, logical: int) -> int:
-        """Index in `blocks` of a logical block.
-
-        Raises:
-            ValueError: The block was given back, or does not exist yet.
-        """
-        if logical < self.num_sink_blocks:
-            entry = logical
-        else:
-            entry = logical - self.window_start + self.num_sink_blocks
-            if entry < self.num_sink_blocks:
-                raise ValueError(f"logical block {logical} was given back")
-        if entry >= len(self.blocks):
-            raise ValueError(f"logical block {logical} is not allocated")
-        return entry
 
     def take_expired(self, num_tokens: int) -> list[int]:
         """Remove and return the blocks that no query from position `num_tokens` on can reach."""

@@ -1,9 +1,10 @@
 """How many blocks each group gets, and what that holds. The one place that sizes an arena.
 
 A group with a window needs a constant number of blocks a sequence, and during a step also blocks
-for the step's new tokens; it is given enough for every sequence that may run. All the rest goes to
-the groups that grow with the context. Where that would leave them less than half of the memory, the
-windows are sized for as many sequences as fit into the other half.
+for the step's new tokens; it is given enough for every sequence that may run. The streaming group
+also gets what is set aside for requests that keep more of it. All the rest goes to the groups that
+grow with the context. Where that would leave them less than half of the memory, the windows are
+sized for as many sequences as fit into the other half.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headlong.cache.groups import HeadGroup
+from headlong.cache.groups import STREAMING, HeadGroup
 from headlong.cache.policy import RETRIEVAL
 from headlong.kernels.batch import UNBOUNDED
 from headlong.kernels.layout import (
@@ -37,6 +38,8 @@ class CacheShape:
         block_size: Tokens of a page.
         max_num_seqs: Most sequences that run at once.
         max_num_batched_tokens: Most new tokens of one step.
+        wide_tokens: Tokens that sequences with a wider policy than the streaming group's hold in
+            all, beside the windows of the others.
     """
 
     groups: tuple[HeadGroup, ...]
@@ -45,6 +48,7 @@ class CacheShape:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    wide_tokens: int = 0
 
     @property
     def page(self) -> PageLayout:
@@ -130,11 +134,14 @@ def plan_blocks(shape: CacheShape, budget_bytes: int, max_model_len: int) -> tup
 
 def _window_blocks(shape: CacheShape, group: HeadGroup, num_seqs: int, max_model_len: int) -> int:
     """Blocks of a group with a window for `num_seqs` sequences, in the middle of a step."""
+    longest = -(-max_model_len // shape.block_size)
     steady = num_seqs * group.policy.steady_blocks(max_model_len, shape.block_size)
     new_tokens = min(shape.max_num_batched_tokens, num_seqs * max_model_len)
     # Each chunk of a step may begin and end inside a block.
     step = -(-new_tokens // shape.block_size) + num_seqs
-    return min(steady + step, num_seqs * -(-max_model_len // shape.block_size))
+    # A model's own windows stay what they are, whatever a request asks for.
+    wide = -(-shape.wide_tokens // shape.block_size) if group.name == STREAMING else 0
+    return min(steady + step + wide, num_seqs * longest)
 
 
 def _window_bytes(shape: CacheShape, num_seqs: int, max_model_len: int) -> int:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 
+STREAMING = "streaming"
+"""Name of the group whose policy comes from the profile, so that a request may ask for another."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeadGroup:
@@ -48,14 +51,14 @@ def build_head_groups(
         )
     members: dict[tuple[str, HeadPolicy], list[tuple[int, int]]] = {
         ("retrieval", RETRIEVAL): [],
-        ("streaming", streaming): [],
+        (STREAMING, streaming): [],
     }
     for layer, (labels, window) in enumerate(zip(retrieval, native_windows, strict=True)):
         for head, keeps_all in enumerate(labels):
             if window is not None:
                 key = (f"sliding-{window}", HeadPolicy(sink_size=0, window_size=window))
             else:
-                key = ("retrieval", RETRIEVAL) if keeps_all else ("streaming", streaming)
+                key = ("retrieval", RETRIEVAL) if keeps_all else (STREAMING, streaming)
             members.setdefault(key, []).append((layer, head))
     return tuple(
         HeadGroup(name, policy, tuple(heads)) for (name, policy), heads in members.items() if heads

@@ -12,15 +12,15 @@ free                    everything is given back; what can be found stays until 
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headlong.cache.block_pool import BlockPool, OutOfBlocksError
 from headlong.cache.block_table import BlockTable
-from headlong.cache.groups import HeadGroup
+from headlong.cache.groups import STREAMING, HeadGroup
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 from headlong.cache.prefix_match import PrefixMatch, match_prefix
-from headlong.cache.reservation import Reservation
+from headlong.cache.reservation import Reservation, most_owned
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.layout import ArenaLayout
 
@@ -81,7 +81,7 @@ class KVCache:
         if streaming is None:
             return self._own_policies
         return tuple(
-            streaming if group.name == "streaming" else group.policy for group in self.groups
+            streaming if group.name == STREAMING else group.policy for group in self.groups
         )
 
     def keys(self, policies: tuple[HeadPolicy, ...], salt: str = "") -> PrefixKeys:
@@ -98,19 +98,22 @@ class KVCache:
         Returns:
             A match that holds until blocks are taken the next time; nothing is found, and nothing
             missed, without prefix caching.
+
+        Raises:
+            ValueError: There are fewer keys than the length has full blocks.
         """
         if not self._prefix_caching:
             return PrefixMatch(0, tuple(() for _ in self.groups))
-        found = match_prefix(keys, num_tokens, self.pools, self.block_size)
-        first = keys.first_unsalted
-        never_seen = found.misses.get("never_seen", 0)
-        if found.num_tokens or not never_seen or first is None:
-            return found
-        if self._salts.get(first, keys.salt) == keys.salt:
-            return found
-        misses = dict(found.misses)
-        misses["salt"] = misses.pop("never_seen")
-        return replace(found, misses=misses)
+        last_salt = keys.salt
+        if keys.first_unsalted is not None:
+            last_salt = self._salts.get(keys.first_unsalted, keys.salt)
+        return match_prefix(
+            keys,
+            num_tokens,
+            self.pools,
+            self.block_size,
+            salted_elsewhere=last_salt != keys.salt,
+        )
 
     def begin(
         self,
@@ -121,78 +124,91 @@ class KVCache:
 
         Args:
             policies: What it keeps of each group; by default the group's own.
-            match: What it shares.
+            match: What it shares, found for the same policies.
 
         Raises:
-            ValueError: A block of the match is gone.
+            ValueError: A block of the match is gone, or it was found for other policies; nothing
+                was taken.
         """
         policies = self._own_policies if policies is None else policies
+        if match is not None:
+            self._require_present(match, policies)
         sequence = SequenceCache(
             tuple(BlockTable(*each) for each in zip(policies, self._block_sizes, strict=True))
         )
         if match is not None and match.num_tokens:
-            for taken, (pool, blocks) in enumerate(zip(self.pools, match.blocks, strict=True)):
-                try:
-                    pool.share(blocks)
-                except ValueError:
-                    for earlier in range(taken):
-                        self.pools[earlier].release(match.blocks[earlier])
-                    raise
-            for table, blocks in zip(sequence.tables, match.blocks, strict=True):
+            for table, pool, blocks in zip(sequence.tables, self.pools, match.blocks, strict=True):
+                pool.share(blocks)
                 table.start_with(blocks, match.num_tokens)
             sequence.num_tokens = match.num_tokens
             sequence.num_published = match.num_tokens // self.block_size
         self._live.add(sequence)
         return sequence
 
+    def _require_present(self, match: PrefixMatch, policies: tuple[HeadPolicy, ...]) -> None:
+        for policy, pool, blocks in zip(policies, self.pools, match.blocks, strict=True):
+            reachable = policy.reachable_blocks(len(match.keys), self.block_size)
+            if len(reachable) != len(blocks):
+                raise ValueError("the match was found for other policies")
+            for index, block in zip(reachable, blocks, strict=True):
+                if not pool.holds(block, match.keys[index]):
+                    raise ValueError(f"block {block} of the match is gone")
+
     def publish(self, sequence: SequenceCache, keys: PrefixKeys) -> None:
         """After a step: let others find the blocks that it filled.
 
         Args:
             sequence: All its tokens are computed.
-            keys: Of all its full blocks.
+            keys: Of all its full blocks, for its policies.
+
+        Raises:
+            ValueError: There are fewer keys than full blocks, or they are for other policies; none
+                was published.
         """
         self._require_live(sequence)
+        if not self._prefix_caching:
+            return
         num_full = sequence.num_tokens // self.block_size
-        if not self._prefix_caching or num_full == sequence.num_published:
+        if len(keys.blocks) < num_full:
+            raise ValueError(f"{len(keys.blocks)} keys for {num_full} full blocks")
+        if keys.policies != sequence.policies:
+            raise ValueError(f"keys for {keys.policies}, but the tables have {sequence.policies}")
+        sequence.keys = keys
+        if num_full == sequence.num_published:
             return
         if keys.first_unsalted is not None:
             self._salts[keys.first_unsalted] = keys.salt
             self._salts.move_to_end(keys.first_unsalted)
             if len(self._salts) > REMEMBERED_PREFIXES:
                 self._salts.popitem(last=False)
-        resume_keys: list[list[bytes]] = []
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             for logical in range(sequence.num_published, num_full):
                 block = table.find(logical)
                 if block is not None:
                     pool.publish(block, keys.blocks[logical])
-            resume = table.policy.window_start(num_full * self.block_size, self.block_size)
-            held = not table.policy.keeps_all
-            resume_keys.append(keys.blocks[resume:num_full] if held else [])
         sequence.num_published = num_full
-        sequence.resume_keys = tuple(resume_keys)
 
     def fits(self, num_tokens: int, policies: tuple[HeadPolicy, ...] | None = None) -> bool:
         """Whether a sequence of this length could run if it had the cache to itself."""
         policies = self._own_policies if policies is None else policies
         return all(
-            # One block more than its window, so that a step of one token at least can run.
-            min(policy.steady_blocks(num_tokens, size) + 1, -(-num_tokens // size))
-            <= pool.num_blocks
+            policy.step_blocks(num_tokens, size) <= pool.num_blocks
             for policy, pool, size in zip(policies, self.pools, self._block_sizes, strict=True)
         )
 
     def has_room(self, wanted: Reservation, held: Iterable[Reservation]) -> bool:
         """Whether a new sequence fits beside others, however far all of them go.
 
+        If so, all can be computed to their lengths, a token of each a step, and none ever lacks a
+        block.
+
         Args:
             wanted: The new one.
             held: Those that run.
         """
-        all_of_them = [wanted, *held]
+        reservations = [wanted, *held]
         return all(
-            sum(each.blocks_to_come(group, pool, size) for each in all_of_them) <= pool.num_free
+            most_owned(group, pool, size, reservations, self._live) <= pool.num_blocks
             for group, (pool, size) in enumerate(zip(self.pools, self._block_sizes, strict=True))
         )
 
@@ -249,7 +265,7 @@ class KVCache:
         for needed, pool in zip(partial, self.pools, strict=True):
             if needed > pool.num_free:
                 raise OutOfBlocksError("no free block for the copy of a partly filled one")
-        child = self.begin(tuple(table.policy for table in parent.tables))
+        child = self.begin(parent.policies)
         copies: list[BlockCopy] = []
         for group, (source, target) in enumerate(zip(parent.tables, child.tables, strict=True)):
             target.window_start = source.window_start
@@ -262,7 +278,7 @@ class KVCache:
                 copies.append(BlockCopy(group, source.blocks[-1], own))
         child.num_tokens = parent.num_tokens
         child.num_published = parent.num_published
-        child.resume_keys = parent.resume_keys
+        child.keys = parent.keys
         return child, copies
 
     def free(self, sequence: SequenceCache) -> None:
@@ -273,13 +289,14 @@ class KVCache:
         """
         self._require_live(sequence)
         self._live.remove(sequence)
-        for table, pool, keys in zip(
-            sequence.tables, self.pools, sequence.resume_keys, strict=True
-        ):
+        for table, pool in zip(sequence.tables, self.pools, strict=True):
             # The last are evicted first: a prefix without its head is worth nothing.
             pool.release(reversed(table.blocks))
-            for key in keys:
-                pool.touch(key)
+            if sequence.keys is not None:
+                # What goes on from the last full block may need a block that the window has left,
+                # and any of these may be another sequence's, which used it longer ago.
+                reachable = table.policy.reachable_blocks(sequence.num_published, self.block_size)
+                pool.touch(sequence.keys.blocks[index] for index in reversed(reachable))
 
     def forget_prefixes(self) -> None:
         """Make every block that nobody owns impossible to find."""

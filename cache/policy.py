@@ -50,6 +50,21 @@ class HeadPolicy:
         window_blocks = -(-max(self.window_size - 2, 0) // block_size) + 1
         return min(all_blocks, self.sink_blocks(block_size) + window_blocks)
 
+    def step_blocks(self, num_tokens: int, block_size: int) -> int:
+        """Most blocks owned in a step of one token by a sequence of up to `num_tokens` tokens."""
+        all_blocks = -(-num_tokens // block_size)
+        if self.keeps_all:
+            return all_blocks
+        # The query's own token is among them, and its window can begin inside a block.
+        window_blocks = -(-(self.window_size - 1) // block_size) + 1
+        return min(all_blocks, self.sink_blocks(block_size) + window_blocks)
+
+    def reachable_blocks(self, num_blocks: int, block_size: int) -> list[int]:
+        """Of the first `num_blocks` full blocks, those that queries after them can reach."""
+        sinks = min(self.sink_blocks(block_size), num_blocks)
+        start = self.window_start(num_blocks * block_size, block_size)
+        return [*range(sinks), *range(start, num_blocks)]
+
     def live_blocks(self, num_tokens: int, num_new: int, block_size: int) -> int:
         """Blocks owned while `num_new` tokens are computed after `num_tokens` cached ones."""
         end = -(-(num_tokens + num_new) // block_size)

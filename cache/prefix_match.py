@@ -5,7 +5,7 @@ group with a window has its sink blocks and the window's blocks at that point: l
 query without keys that it may see.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headlong.cache.block_pool import BlockPool
@@ -21,14 +21,19 @@ class PrefixMatch:
         num_tokens: Tokens found, whole blocks and fewer than were asked for: one at least is to be
             computed.
         blocks: For each group the blocks to share, as its table will hold them.
-        misses: The other tokens, by reason: no such block was ever computed, a block that all
-            queries need was evicted, a window's or sink's was, the salt differs, or they do not
-            fill a block.
+        misses: The other tokens, by reason; reasons that do not occur are left out.
+            `never_seen`: nothing says that they were computed, under these policies.
+            `retrieval_evicted`: they were, but a block that all queries need is gone.
+            `window_evicted`: those are there, but not the sinks or the window at that point.
+            `partial_block`: they do not fill a block that may be shared.
+            `salt`: nothing was computed under this salt, but the first block was under another.
+        keys: Key of each full block found.
     """
 
     num_tokens: int
     blocks: tuple[tuple[int, ...], ...]
     misses: Mapping[str, int] = field(default_factory=dict)
+    keys: tuple[bytes, ...] = ()
 
 
 def match_prefix(
@@ -36,76 +41,126 @@ def match_prefix(
     num_tokens: int,
     pools: Sequence[BlockPool],
     block_size: int,
+    *,
+    salted_elsewhere: bool,
 ) -> PrefixMatch:
-    """Find the longest prefix that can be shared.
+    """Find the longest prefix that can be shared, in time linear in the sequence's blocks.
 
     Args:
         keys: Of the sequence's full blocks.
         num_tokens: Length of the sequence.
         pools: Each group's blocks.
         block_size: Tokens of a block.
+        salted_elsewhere: Whether the first block was computed under another salt.
 
     Returns:
-        The match; `salt` is not told apart from `never_seen` here.
+        The match.
+
+    Raises:
+        ValueError: There are fewer keys than full blocks that could be found.
     """
-    usable = keys.blocks[: max(0, num_tokens - 1) // block_size]
+    num_usable = max(0, num_tokens - 1) // block_size
+    if num_usable > len(keys.blocks):
+        raise ValueError(f"{num_tokens} tokens were asked for, but {len(keys.blocks)} blocks named")
+    usable = keys.blocks[:num_usable]
     groups = tuple(zip(keys.policies, pools, strict=True))
     all_keeping = [pool for policy, pool in groups if policy.keeps_all]
     if all_keeping:
-        num_kept = min(_leading(usable, pool.find) for pool in all_keeping)
+        num_kept = min(_leading(pool, usable) for pool in all_keeping)
+        num_known = _known(all_keeping, usable, num_kept)
     else:
-        num_kept = _leading(usable, lambda key: next((1 for pool in pools if pool.knew(key)), None))
-    windowed = [
-        _complete_at(policy, pool, usable[:num_kept], block_size)
+        num_kept = num_known = _known(pools, usable, 0)
+    num_found = _shorten_to_windows(groups, usable, num_kept, block_size)
+    misses = {
+        "window_evicted": (num_kept - num_found) * block_size,
+        "retrieval_evicted": (num_known - num_kept) * block_size,
+        "salt" if salted_elsewhere and num_known == 0 else "never_seen": (num_usable - num_known)
+        * block_size,
+        "partial_block": num_tokens - num_usable * block_size,
+    }
+    return PrefixMatch(
+        num_tokens=num_found * block_size,
+        blocks=tuple(
+            _shared(policy, pool, usable, num_found, block_size) for policy, pool in groups
+        ),
+        misses={reason: count for reason, count in misses.items() if count},
+        keys=tuple(usable[:num_found]),
+    )
+
+
+def _leading(pool: BlockPool, keys: Sequence[bytes]) -> int:
+    """Number of first keys that are found."""
+    return next((i for i, key in enumerate(keys) if pool.find(key) is None), len(keys))
+
+
+def _known(pools: Sequence[BlockPool], keys: Sequence[bytes], at_least: int) -> int:
+    """Number of first blocks that were once computed: with any block, all before it were."""
+    for count in range(len(keys), at_least, -1):
+        if any(pool.knew(keys[count - 1]) for pool in pools):
+            return count
+    return at_least
+
+
+def _shorten_to_windows(
+    groups: Sequence[tuple[HeadPolicy, BlockPool]],
+    keys: Sequence[bytes],
+    num_blocks: int,
+    block_size: int,
+) -> int:
+    """Most blocks, up to `num_blocks`, at which no group lacks its sinks or its window."""
+    windows = [
+        _WindowSearch(policy, pool, keys, block_size)
         for policy, pool in groups
         if not policy.keeps_all
     ]
-    num_blocks = next(
-        (n for n in range(num_kept, 0, -1) if all(complete[n] for complete in windowed)), 0
-    )
-    lost = num_kept < len(usable) and any(pool.knew(usable[num_kept]) for pool in all_keeping)
-    misses: dict[str, int] = {
-        "window_evicted": (num_kept - num_blocks) * block_size,
-        "retrieval_evicted" if lost else "never_seen": (len(usable) - num_kept) * block_size,
-        "partial_block": num_tokens - len(usable) * block_size,
-    }
-    return PrefixMatch(
-        num_tokens=num_blocks * block_size,
-        blocks=tuple(
-            _shared(policy, pool, usable[:num_blocks], block_size) for policy, pool in groups
-        ),
-        misses={reason: count for reason, count in misses.items() if count},
-    )
+    while True:
+        before = num_blocks
+        for window in windows:
+            num_blocks = window.shorten(num_blocks)
+        if num_blocks == before:
+            return num_blocks
 
 
-def _leading(keys: Sequence[bytes], find: Callable[[bytes], int | None]) -> int:
-    """Number of first keys that are found."""
-    return next((i for i, key in enumerate(keys) if find(key) is None), len(keys))
+class _WindowSearch:
+    """Where one group has its sinks and its window; asked for shorter and shorter prefixes.
 
+    It walks back from the end, so a hit takes no longer than its window.
+    """
 
-def _complete_at(
-    policy: HeadPolicy, pool: BlockPool, keys: Sequence[bytes], block_size: int
-) -> list[bool]:
-    """For n in 0 to len(keys), whether a group with a window has all that a prefix of n needs."""
-    present = [pool.find(key) is not None for key in keys]
-    num_leading = next((i for i, here in enumerate(present) if not here), len(present))
-    sinks = policy.sink_blocks(block_size)
-    complete = [True]
-    run = 0
-    for n, here in enumerate(present, start=1):
-        run = run + 1 if here else 0
-        needed = n - policy.window_start(n * block_size, block_size)
-        complete.append(min(sinks, n) <= num_leading and needed <= run)
-    return complete
+    def __init__(
+        self, policy: HeadPolicy, pool: BlockPool, keys: Sequence[bytes], block_size: int
+    ) -> None:
+        self._policy = policy
+        self._pool = pool
+        self._keys = keys
+        self._block_size = block_size
+        sinks = keys[: policy.sink_blocks(block_size)]
+        num_sinks = _leading(pool, sinks)
+        self._most = len(keys) if num_sinks == len(sinks) else num_sinks
+        # From here to the end of the last prefix asked for all are there: none is looked up twice.
+        self._run_start = len(keys)
+
+    def shorten(self, num_blocks: int) -> int:
+        """Most blocks, up to `num_blocks`, at which the group can go on."""
+        num_blocks = min(num_blocks, self._most)
+        while True:
+            needed = self._policy.window_start(num_blocks * self._block_size, self._block_size)
+            self._run_start = min(self._run_start, num_blocks)
+            while self._run_start > needed and self._is_there(self._run_start - 1):
+                self._run_start -= 1
+            if self._run_start <= needed:
+                return num_blocks
+            # Every shorter prefix that reaches past the missing block needs it too.
+            num_blocks = self._run_start - 1
+
+    def _is_there(self, index: int) -> bool:
+        return self._pool.find(self._keys[index]) is not None
 
 
 def _shared(
-    policy: HeadPolicy, pool: BlockPool, keys: Sequence[bytes], block_size: int
+    policy: HeadPolicy, pool: BlockPool, keys: Sequence[bytes], num_blocks: int, block_size: int
 ) -> tuple[int, ...]:
     """The blocks of a prefix that a group's table holds."""
-    if not policy.keeps_all:
-        start = policy.window_start(len(keys) * block_size, block_size)
-        keys = (*keys[: policy.sink_blocks(block_size)], *keys[start:])
-    blocks = [pool.find(key) for key in keys]
+    blocks = [pool.find(keys[i]) for i in policy.reachable_blocks(num_blocks, block_size)]
     assert None not in blocks, "a match lists only blocks that are there"
     return tuple(block for block in blocks if block is not None)

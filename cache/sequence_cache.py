@@ -1,6 +1,8 @@
 """One sequence's block tables."""
 
 from headlong.cache.block_table import BlockTable
+from headlong.cache.policy import HeadPolicy
+from headlong.cache.prefix_keys import PrefixKeys
 
 
 class SequenceCache:
@@ -9,15 +11,20 @@ class SequenceCache:
     Attributes:
         tables: In the order of the groups.
         num_tokens: Tokens that the tables have room for and that are, or are about to be, cached.
-        num_published: First blocks that can be found by others, as far as they had keys.
-        resume_keys: For each group, keys of the blocks that a continuation from the last full
-            block needs of a window; the table may have given some of them back.
+        num_published: First blocks that can be found by others, in the tables or elsewhere, unless
+            they were evicted.
+        keys: What the blocks were published under; None before the first time.
     """
 
-    __slots__ = ("num_published", "num_tokens", "resume_keys", "tables")
+    __slots__ = ("keys", "num_published", "num_tokens", "tables")
 
     def __init__(self, tables: tuple[BlockTable, ...]) -> None:
         self.tables = tables
         self.num_tokens = 0
         self.num_published = 0
-        self.resume_keys: tuple[list[bytes], ...] = tuple([] for _ in tables)
+        self.keys: PrefixKeys | None = None
+
+    @property
+    def policies(self) -> tuple[HeadPolicy, ...]:
+        """What it keeps of each group."""
+        return tuple(table.policy for table in self.tables)

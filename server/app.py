@@ -6,16 +6,31 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
+from headlong.server.api_keys import read_api_keys
+from headlong.server.auth import AuthMiddleware
 from headlong.server.body_limit import BodyLimitMiddleware
 from headlong.server.config import ServerConfig
 from headlong.server.http_errors import install_error_handlers
+from headlong.server.joined_observer import JoinedObserver
+from headlong.server.metrics import Metrics
 from headlong.server.prompts import PromptEncoder
+from headlong.server.recent import RecentFigures
+from headlong.server.request_log import REQUEST_ID_HEADER, RequestLogMiddleware
 from headlong.server.routes_chat import chat_router
 from headlong.server.routes_completions import completions_router
+from headlong.server.routes_health import health_router
+from headlong.server.routes_metrics import metrics_router
 from headlong.server.routes_models import models_router
+from headlong.server.routes_page import page_router
+from headlong.server.routes_responses import responses_router
+from headlong.server.routes_status import status_router
+from headlong.server.routes_tokenize import tokenize_router
 from headlong.server.sampling import ModelLimits
+from headlong.server.send_timeout import SendTimeoutMiddleware
 from headlong.server.serving import Serving
+from headlong.server.tool_styles import choose_tool_style
 
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine
@@ -32,19 +47,25 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         An ASGI application.
 
     Raises:
-        ConfigError: The chat template cannot be read.
+        ConfigError: The chat template or the keys cannot be read.
     """
+    chat_template = config.read_chat_template()
     serving = Serving(
         engine=engine,
         prompts=PromptEncoder(
             engine.tokenizer,
             vocab_size=engine.vocab_size,
             max_model_len=engine.max_model_len,
-            chat_template=config.read_chat_template(),
+            chat_template=chat_template,
         ),
         limits=ModelLimits(engine.max_model_len, engine.vocab_size, engine.default_sampling),
         model_names=config.served_model_name,
+        request_timeout=config.request_timeout,
+        tool_style=choose_tool_style(config.tool_call_parser, engine.tokenizer, chat_template),
     )
+    recent = RecentFigures()
+    metrics = Metrics(engine, next(iter(config.served_model_name), engine.info.model))
+    engine.observer = JoinedObserver((engine.observer, recent, metrics))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -64,8 +85,38 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         # A redirect is built from the Host header, which the client chose.
         redirect_slashes=False,
     )
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=config.max_body_bytes)
+    _add_middleware(app, config, metrics)
     install_error_handlers(app)
-    for router in (completions_router(serving), chat_router(serving), models_router(serving)):
-        app.include_router(router)
+    for make_router in (
+        completions_router,
+        chat_router,
+        responses_router,
+        models_router,
+        tokenize_router,
+        health_router,
+    ):
+        app.include_router(make_router(serving))
+    app.include_router(status_router(serving, recent))
+    app.include_router(metrics_router(metrics))
+    app.include_router(page_router())
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+    """Wraps the application, from the inside out."""
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(SendTimeoutMiddleware, send_timeout=config.send_timeout)
+    if keys := read_api_keys(config):
+        app.add_middleware(AuthMiddleware, keys=keys)
+    if config.cors_allow_origin:
+        # Browsers ask for permission without a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allow_origin,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
+        )
+    app.add_middleware(
+        RequestLogMiddleware, on_rejected=metrics.count_rejection, log_bodies=config.log_requests
+    )

@@ -12,15 +12,39 @@ from typing import Annotated
 
 import typer
 
-from headlong.server import cli_options as opt
 from headlong.server.cli_eval import evaluate
+from headlong.server.cli_options import takes_settings
 from headlong.server.cli_profile import profile_app
+from headlong.server.config import ServerConfig, config_path
+from headlong.server.config_file import read_config_file
+from headlong.server.config_sources import Sources
+from headlong.server.config_text import config_text
 from headlong.server.console import console
+from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine_settings import EngineSettings
 from headlong.server.errors import ConfigError, HeadlongError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 DEMO_MODEL_NAME = "headlong-demo"
+
+SETTINGS = (*ServerConfig.model_fields, *EngineSettings.model_fields)
+FOR_MANY_REQUESTS = (
+    "block_size",
+    "canary_rate",
+    "chunked_prefill_size",
+    "enable_prefix_caching",
+    "kv_policy_max_sink_size",
+    "kv_policy_max_window_size",
+    "kv_policy_tokens",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+)
+"""What a single prompt has no use for."""
+EPILOG = (
+    "Every option can also be set as HEADLONG_<OPTION> in the environment, and in the file of "
+    "--config. The command line wins over the environment, and the environment over the file."
+)
 
 app = typer.Typer(
     name="headlong",
@@ -33,109 +57,66 @@ app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
 
 
-@app.command()
+@app.command(epilog=EPILOG)
+@takes_settings(ServerConfig, EngineSettings, without={"model"})
 def serve(
+    given: dict[str, object],
     model: Annotated[
         str | None, typer.Argument(help="Folder or hub id; the embedded demo model by default.")
     ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; its keys are the flags' names.")
     ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port to listen on; 0 takes a free one. Default 8000.")
-    ] = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name of the model in the API; may be repeated.")
-    ] = None,
-    max_body_bytes: Annotated[
-        int | None, typer.Option(help="Most bytes of a request's body. Default 32 MiB.")
-    ] = None,
-    shutdown_timeout: Annotated[
-        int | None, typer.Option(help="Seconds that running requests get at shutdown. Default 30.")
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file that replaces the model's chat template.")
-    ] = None,
-    profile: opt.Profile = None,
-    sparsity: opt.Sparsity = None,
-    threshold: opt.Threshold = None,
-    sink_size: opt.SinkSize = None,
-    window_size: opt.WindowSize = None,
-    dtype: opt.DTypeOption = None,
-    device: opt.Device = None,
-    attention_backend: opt.AttentionBackend = None,
-    enforce_eager: opt.EnforceEager = None,
-    load_format: opt.LoadFormatOption = None,
-    block_size: opt.BlockSize = None,
-    kv_cache_memory_bytes: opt.KVCacheMemoryBytes = None,
-    gpu_memory_utilization: opt.GPUMemoryUtilization = None,
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    seed: opt.Seed = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as such a file, and end.")
+    ] = False,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
     from headlong.demo.paths import MODEL_DIR
-    from headlong.server import config
 
-    server_config = config.load(
-        config.ServerConfig,
-        host=host,
-        port=port,
-        served_model_name=served_model_name or None,
-        max_body_bytes=max_body_bytes,
-        shutdown_timeout=shutdown_timeout,
-        chat_template=chat_template,
-    )
-    engine_config = config.load(
-        config.EngineSettings,
-        model=model,
-        profile=profile,
-        sparsity=sparsity,
-        threshold=threshold,
-        sink_size=sink_size,
-        window_size=window_size,
-        dtype=dtype,
-        device=device,
-        attention_backend=attention_backend,
-        enforce_eager=enforce_eager,
-        load_format=load_format,
-        block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        seed=seed,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    ).to_engine_config(default_model=str(MODEL_DIR))
-    embedded = Path(engine_config.model).resolve() == MODEL_DIR.resolve()
-    server_config = server_config.with_default_name(
-        DEMO_MODEL_NAME if embedded else engine_config.model
-    )
+    path = config_path(config)
+    file = read_config_file(path, SETTINGS) if path is not None else None
+    sources = Sources({**given, "model": model}, file)
+    with sources.named():
+        server_config = sources.read(ServerConfig)
+        settings = sources.read(EngineSettings)
+        engine_config = settings.to_engine_config(default_model=str(MODEL_DIR))
+        embedded = Path(engine_config.model).resolve() == MODEL_DIR.resolve()
+        server_config = server_config.with_default_name(
+            DEMO_MODEL_NAME if embedded else engine_config.model
+        )
+        if print_config:
+            typer.echo(config_text(sources, server_config, settings, engine_config), nl=False)
+            return
+        code = _serve(server_config, engine_config)
+    raise typer.Exit(code)
+
+
+def _serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
+    from headlong.server.logs import configure_logs
+    from headlong.server.start_checks import check_start
+
+    say = configure_logs(server_config)
+    check_start(server_config)
 
     from headlong.server.listen import bind, listen
 
     with bind(server_config.host, server_config.port) as sock:
         from headlong.server.app import create_app
-        from headlong.server.async_engine import AsyncEngine
-        from headlong.server.engine.engine import Engine
+        from headlong.server.start_engine import start_engine
 
-        engine = AsyncEngine(Engine(engine_config))
+        engine = start_engine(engine_config, server_config)
         application = create_app(engine, server_config)
-        out = console()
         for line in engine.describe():
-            out.print(line)
-        out.print(f"Serving {', '.join(server_config.served_model_name)}")
-        code = listen(application, engine, sock, server_config.shutdown_timeout)
-    raise typer.Exit(code)
+            say(line)
+        say(f"Serving {', '.join(server_config.served_model_name)}")
+        return listen(application, engine, sock, server_config)
 
 
 @app.command()
+@takes_settings(EngineSettings, without={"model", *FOR_MANY_REQUESTS})
 def generate(
+    given: dict[str, object],
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     chat: Annotated[
@@ -147,48 +128,15 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus to sample from.")] = None,
-    profile: opt.Profile = None,
-    sparsity: opt.Sparsity = None,
-    threshold: opt.Threshold = None,
-    sink_size: opt.SinkSize = None,
-    window_size: opt.WindowSize = None,
-    dtype: opt.DTypeOption = None,
-    device: opt.Device = None,
-    attention_backend: opt.AttentionBackend = None,
-    enforce_eager: opt.EnforceEager = None,
-    load_format: opt.LoadFormatOption = None,
-    kv_cache_memory_bytes: opt.KVCacheMemoryBytes = None,
-    gpu_memory_utilization: opt.GPUMemoryUtilization = None,
-    max_model_len: opt.MaxModelLen = None,
-    seed: opt.Seed = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
 ) -> None:
     """Generate text for one prompt and print it."""
     from headlong.demo.paths import MODEL_DIR
-    from headlong.server import config
 
     text = _read_prompt(prompt)
-    engine_config = config.load(
-        config.EngineSettings,
-        model=model,
-        profile=profile,
-        sparsity=sparsity,
-        threshold=threshold,
-        sink_size=sink_size,
-        window_size=window_size,
-        dtype=dtype,
-        device=device,
-        attention_backend=attention_backend,
-        enforce_eager=enforce_eager,
-        load_format=load_format,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_model_len=max_model_len,
-        seed=seed,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    ).to_engine_config(default_model=str(MODEL_DIR))
+    sources = Sources({**given, "model": model})
+    with sources.named():
+        settings = sources.read(EngineSettings)
+        engine_config = settings.to_engine_config(default_model=str(MODEL_DIR))
 
     from headlong.server.async_engine import AsyncEngine
     from headlong.server.engine.engine import Engine

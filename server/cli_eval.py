@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from headlong.server import cli_options as opt
+from headlong.server.cli_options import setting_value, takes_settings
+from headlong.server.config_sources import Sources
 from headlong.server.console import console
+from headlong.server.engine_settings import EngineSettings
 from headlong.server.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
 
 EXIT_BELOW = 1
 EVAL_MAX_NUM_SEQS = 8
+ENGINE_SETTINGS = (
+    "revision",
+    "trust_remote_code",
+    "device",
+    "dtype",
+    "attention_backend",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "block_size",
+    "max_num_batched_tokens",
+)
 TABLE_WIDTH = 200
 """Columns of a table that goes to a file or a pipe, which has no width of its own."""
 
@@ -40,7 +54,9 @@ _TASKS = (
 )
 
 
+@takes_settings(EngineSettings, only=ENGINE_SETTINGS)
 def evaluate(
+    given: dict[str, object],
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     task: Annotated[str, typer.Option(help=_TASKS)] = "needle",
     profile: Annotated[
@@ -141,19 +157,9 @@ def evaluate(
             "agreement is judged. What -o keeps of earlier runs plays no part."
         ),
     ] = None,
-    dtype: opt.DTypeOption = None,
-    device: opt.Device = None,
-    attention_backend: opt.AttentionBackend = None,
-    enforce_eager: opt.EnforceEager = None,
-    block_size: opt.BlockSize = None,
-    kv_cache_memory_bytes: opt.KVCacheMemoryBytes = None,
-    gpu_memory_utilization: opt.GPUMemoryUtilization = None,
     max_num_seqs: Annotated[
         int, typer.Option(help="Most prompts that run at once.")
     ] = EVAL_MAX_NUM_SEQS,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = None,
 ) -> None:
     """Measure what a compressed cache answers, next to the full cache.
 
@@ -163,39 +169,25 @@ def evaluate(
     Exits with 0 if all went well, with 1 if what --require asks is not met or the run failed, and
     with 2 if an argument, a file or the model cannot be used, or the requirement cannot be judged.
     """
-    from headlong.server import config
-
     if plot is not None and not plot.absolute().parent.is_dir():
         # Said now, and not after everything has been measured.
         raise ConfigError(f"cannot write {plot}: its folder does not exist")
     if require is not None and not 0.0 <= require < math.inf:
         raise ConfigError(f"require must be 0 or more, got {require}", "require")
     named = _split("methods", methods, str)
-    engine_config = config.load(
-        config.EngineSettings,
-        model=model,
-        dtype=dtype,
-        device=device,
-        attention_backend=attention_backend,
-        enforce_eager=enforce_eager,
-        block_size=block_size,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    ).to_engine_config(default_model=model)
-    given = list(profile or ())
-    if not given and not named:
-        given = [_own_profile(engine_config)]
+    sources = Sources({**given, "model": model, "max_num_seqs": max_num_seqs})
+    with sources.named():
+        engine_config = sources.read(EngineSettings).to_engine_config(default_model=model)
+    profiles = list(profile or ())
+    if not profiles and not named:
+        profiles = [_own_profile(engine_config)]
 
     from headlong.server.engine.evaluation_run import EvaluationRequest
 
     request = EvaluationRequest(
         config=engine_config,
         tasks=_split("task", task, str),
-        profiles=given,
+        profiles=profiles,
         methods=named,
         settings=method_settings(setting or [], named),
         sparsities=_split("sparsity", sparsity, float),
@@ -357,5 +349,5 @@ def method_settings(
             method, field = scored[0], name
         if not equals or not field:
             raise ConfigError(f"setting {text!r}: write METHOD.NAME=VALUE")
-        settings.setdefault(method, {})[field] = opt.setting_value(value)
+        settings.setdefault(method, {})[field] = setting_value(value)
     return settings

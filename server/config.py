@@ -1,52 +1,179 @@
-"""Settings of the server and its engine: from the command line, or from the environment.
+"""Settings of the server, and the environment that they and the engine's are read from.
 
-A flag wins over its variable, ``HEADLONG_`` and the flag's name in capitals.
+Each is a flag of the command line, a variable of the environment (``HEADLONG_`` and the flag's name
+in capitals) and a key of a configuration file: what its field says here is all there is to say.
 """
 
+import os
+import re
+import string
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from headlong.server.engine.engine_config import (
-    AttentionBackendName,
-    DType,
-    EngineConfig,
-    LoadFormat,
-)
+from headlong.server.engine.request import MAX_TIMEOUT_S
 from headlong.server.errors import ConfigError
+from headlong.server.flag import Flag, flag_of
 
-S = TypeVar("S", bound=BaseSettings)
+ENV_PREFIX = "HEADLONG_"
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 
 DEFAULT_MAX_BODY_BYTES = 32 * 2**20
+DEFAULT_MAX_NUM_QUEUED_REQS = 512
+DEFAULT_HANG_TIMEOUT_S = 300.0
+
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "none"]
+
+KEY_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation) - {","}
+"""What an API key may hold: visible ASCII, without the comma that separates keys."""
+
+_LISTENING = "Server"
+_LIMITS = "Limits"
+_SECURITY = "Security"
+_LOGGING = "Logging"
+
+_ORIGIN = re.compile(r"https?://[^/?#@\s]+")
+
+
+def _split(value: object) -> object:
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Several values: a flag that may be repeated; separated by commas in the environment."""
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class ServerConfig(BaseSettings):
-    """How the engine is offered over HTTP.
+    """How the engine is offered over HTTP; the fields' `Flag` says what each one is.
 
-    Attributes:
-        host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        served_model_name: All names of the model; in the environment, separated by commas.
-        max_body_bytes: Most bytes of a request's body.
-        shutdown_timeout: Seconds that running requests get to finish at shutdown.
-        chat_template: Jinja file that replaces the model's own chat template.
+    Raises:
+        ConfigError: Two settings contradict each other.
     """
 
-    model_config = SettingsConfigDict(env_prefix="HEADLONG_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    served_model_name: Annotated[tuple[str, ...], NoDecode] = ()
-    max_body_bytes: Annotated[int, Field(ge=1)] = DEFAULT_MAX_BODY_BYTES
-    shutdown_timeout: Annotated[int, Field(ge=0)] = 30
-    chat_template: Path | None = None
+    host: Annotated[str, Flag("Address to listen on.", _LISTENING)] = "127.0.0.1"
+    port: Annotated[
+        int, Field(ge=0, le=65535), Flag("Port to listen on; 0 takes a free one.", _LISTENING)
+    ] = 8000
+    served_model_name: Annotated[
+        Names, Flag("Name of the model in the API; may be repeated.", _LISTENING)
+    ] = ()
+    chat_template: Annotated[
+        Path | None, Flag("Jinja file that replaces the model's chat template.", _LISTENING)
+    ] = None
+    tool_call_parser: Annotated[
+        ToolCallParser,
+        Flag("How the model writes tool calls; auto asks its chat template.", _LISTENING),
+    ] = "auto"
+    shutdown_timeout: Annotated[
+        int, Field(ge=0), Flag("Seconds that running requests get at shutdown.", _LISTENING)
+    ] = 30
+    hang_timeout: Annotated[
+        Seconds,
+        Flag(
+            "Seconds without a step, while there are requests, until the engine counts as dead.",
+            _LISTENING,
+        ),
+    ] = DEFAULT_HANG_TIMEOUT_S
 
-    @field_validator("served_model_name", mode="before")
+    max_num_queued_reqs: Annotated[
+        int, Field(ge=1), Flag("Most requests that are tokenized or wait; more get a 429.", _LIMITS)
+    ] = DEFAULT_MAX_NUM_QUEUED_REQS
+    request_timeout: Annotated[
+        Annotated[float, Field(gt=0.0, le=MAX_TIMEOUT_S, allow_inf_nan=False)] | None,
+        Flag("Seconds until a request is given up, and the most it may ask for.", _LIMITS),
+    ] = None
+    send_timeout: Annotated[
+        Seconds, Flag("Seconds that a client may take to read what is sent to it.", _LIMITS)
+    ] = 60.0
+    max_body_bytes: Annotated[
+        int, Field(ge=1), Flag("Most bytes of a request's body.", _LIMITS)
+    ] = DEFAULT_MAX_BODY_BYTES
+    max_header_bytes: Annotated[
+        int, Field(ge=1024), Flag("Most bytes of a request's line and headers.", _LIMITS)
+    ] = 65536
+
+    api_key: Annotated[
+        Secrets,
+        Flag(
+            "Key that clients must send; may be repeated. Others see it in the list of processes: "
+            "prefer HEADLONG_API_KEY or --api-key-file.",
+            _SECURITY,
+            secret=True,
+        ),
+    ] = ()
+    api_key_file: Annotated[
+        Path | None,
+        Flag("Keys with names: lines NAME:KEY, or a YAML mapping of names to keys.", _SECURITY),
+    ] = None
+    cors_allow_origin: Annotated[
+        Names,
+        Flag("Origin whose pages may call the API, or *; may be repeated.", _SECURITY),
+    ] = ()
+    ssl_keyfile: Annotated[Path | None, Flag("Private key for TLS, in PEM.", _SECURITY)] = None
+    ssl_certfile: Annotated[
+        Path | None, Flag("Certificate for TLS, in PEM, with those that it rests on.", _SECURITY)
+    ] = None
+    ssl_keyfile_password: Annotated[
+        SecretStr | None, Flag("Password of --ssl-keyfile.", _SECURITY, secret=True)
+    ] = None
+    ssl_ca_certs: Annotated[
+        Path | None,
+        Flag("Authorities, in PEM; clients must show a certificate of one of them.", _SECURITY),
+    ] = None
+
+    log_format: Annotated[
+        LogFormat, Flag("text for people, json for one object a line.", _LOGGING)
+    ] = "text"
+    log_level: Annotated[LogLevel, Flag("What is logged at least.", _LOGGING)] = "info"
+    log_requests: Annotated[
+        bool,
+        Flag("Log the beginning of every request's body, prompts included.", _LOGGING),
+    ] = False
+
+    @field_validator("api_key")
     @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        values = [key.get_secret_value() for key in keys]
+        for number, value in enumerate(values, start=1):
+            if (fault := key_fault(value)) is not None:
+                raise ValueError(f"key {number} {fault}")
+            if value in values[: number - 1]:
+                raise ValueError(f"key {number} was given before")
+        return keys
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _leave_out_empty(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(filter(None, names))
+
+    @field_validator("cors_allow_origin")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            # A browser sends exactly this much; anything else would never match.
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError("an origin is http(s)://HOST or http(s)://HOST:PORT, without path")
+        return origins
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        for name in ("ssl_keyfile", "ssl_ca_certs"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                raise ConfigError(f"{name} needs ssl_certfile", name)
+        if self.ssl_keyfile_password is not None and self.ssl_certfile is None:
+            raise ConfigError("ssl_keyfile_password needs ssl_certfile", "ssl_keyfile_password")
+        return self
 
     def with_default_name(self, name: str) -> "ServerConfig":
         """Returns these settings with `name` for the model, if they have none."""
@@ -70,68 +197,43 @@ class ServerConfig(BaseSettings):
             ) from error
 
 
-class EngineSettings(BaseSettings):
-    """What of `EngineConfig` was given; what was not keeps the default that it has there."""
-
-    model_config = SettingsConfigDict(env_prefix="HEADLONG_", frozen=True, extra="forbid")
-
-    model: str | None = None
-    profile: str | None = None
-    sparsity: float | None = None
-    threshold: float | None = None
-    sink_size: int | None = None
-    window_size: int | None = None
-    dtype: DType | None = None
-    device: str | None = None
-    attention_backend: AttentionBackendName | None = None
-    enforce_eager: bool | None = None
-    load_format: LoadFormat | None = None
-    block_size: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    seed: int | None = None
-    revision: str | None = None
-    trust_remote_code: bool | None = None
-
-    def to_engine_config(self, default_model: str) -> EngineConfig:
-        """Checks the settings as a whole.
-
-        A model's folder may hold its head profile as ``profile.json``; it is used unless another
-        one, or "none", is given.
-
-        Args:
-            default_model: Used when no model was given.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        given: dict[str, Any] = self.model_dump(exclude_none=True)
-        model = given.setdefault("model", default_model)
-        beside = Path(model) / "profile.json"
-        if self.profile is None and beside.is_file():
-            given["profile"] = str(beside)
-        elif self.profile == "none":
-            del given["profile"]
-        return EngineConfig(**given)
+def key_fault(key: str) -> str | None:
+    """Says what is wrong with an API key, if anything is, without the key itself."""
+    if not key:
+        return "is empty"
+    if not KEY_CHARS.issuperset(key):
+        return "may only hold visible ASCII characters without commas"
+    return None
 
 
-def load(settings: type[S], /, **given: object) -> S:
-    """Reads settings from arguments and the environment.
+def read_environment(settings: type[BaseSettings]) -> dict[str, Any]:
+    """Reads the variables of some settings; an empty one counts as not set.
 
     Args:
         settings: `ServerConfig` or `EngineSettings`.
-        given: Values from the command line; None leaves the field to the environment.
+
+    Returns:
+        Values as they stand there, by name of the field.
 
     Raises:
-        ConfigError: A value has the wrong type or is out of range.
+        ConfigError: A secret's variable is set and empty. Whoever sets it wants to lock the
+            server, and not to leave it open.
     """
-    values: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
-    try:
-        return settings(**values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{field}: {first['msg']}, got {first['input']!r}", field) from error
+    for name in settings.model_fields:
+        variable = ENV_PREFIX + name.upper()
+        if flag_of(settings, name).secret and os.environ.get(variable) == "":
+            raise ConfigError(f"the variable {variable} is set, but empty", name)
+    return EnvSettingsSource(settings)()
+
+
+def unknown_variables(settings: Iterable[type[BaseSettings]]) -> list[str]:
+    """Returns the variables that look like settings and are none, sorted."""
+    known = {ENV_PREFIX + name.upper() for each in settings for name in each.model_fields}
+    known.add(CONFIG_VARIABLE)
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+
+
+def config_path(given: Path | None) -> Path | None:
+    """Returns the configuration file that was given, or else the environment's."""
+    variable = os.environ.get(CONFIG_VARIABLE)
+    return given or (Path(variable) if variable else None)

@@ -5,6 +5,7 @@ HeadlongError                    500
 │   └── ContextLengthError       400   code "context_length_exceeded"
 ├── AuthenticationError          401   no API key, or one that is not known
 ├── ModelNotFoundError           404   the request names a model that is not served
+├── ResponseNotFoundError        404   responses are asked for, and none are stored
 ├── RequestTooLargeError         413   the body is over the limit
 ├── UnsupportedMediaTypeError    415   the body is no JSON by its Content-Type
 ├── QueueFullError               429   try again later
@@ -67,6 +68,14 @@ class ModelNotFoundError(HeadlongError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class ResponseNotFoundError(HeadlongError):
+    """The request names a response, and this server stores none."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "response_not_found"
 
 
 class RequestTooLargeError(HeadlongError):

@@ -19,7 +19,8 @@ async def fan_in(
 ) -> AsyncGenerator[tuple[int, T], None]:
     """Reads all sources at once and yields what they yield, in the order of arrival.
 
-    Closing this generator closes every source and waits until each is closed.
+    A source is read no faster than this generator is, so that what waits for a slow reader waits
+    in the sources. Closing this generator closes every source and waits until each is closed.
 
     Args:
         sources: Started here, each in a task of its own.
@@ -30,17 +31,17 @@ async def fan_in(
     Raises:
         Exception: The first error of a source; the others are closed.
     """
-    queue: asyncio.Queue[tuple[int, T | _End]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, T | _End]] = asyncio.Queue(maxsize=1)
 
     async def pump(index: int, source: AsyncGenerator[T, None]) -> None:
         error: Exception | None = None
         try:
             async with aclosing(source):
                 async for item in source:
-                    queue.put_nowait((index, item))
+                    await queue.put((index, item))
         except Exception as raised:
             error = raised
-        queue.put_nowait((index, _End(error)))
+        await queue.put((index, _End(error)))
 
     tasks = [asyncio.create_task(pump(*each)) for each in enumerate(sources)]
     try:

@@ -9,11 +9,15 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Scope
 
-from headlong.server.errors import HeadlongError
+from headlong.server.errors import AuthenticationError, HeadlongError
 from headlong.server.schemas_common import ErrorBody, ErrorResponse
 
 CLIENT_CLOSED_REQUEST = 499
+CHALLENGES = 'Bearer realm="headlong", Basic realm="headlong", charset="UTF-8"'
+"""How to send an API key; with the second one, browsers ask their user for it."""
+
 MAX_LISTED_ERRORS = 10
 MAX_MESSAGE_CHARS = 2000
 MAX_PIECE_CHARS = 150
@@ -41,28 +45,47 @@ def error_docs(*statuses: int) -> ResponseDocs:
 def install_error_handlers(app: FastAPI) -> None:
     """Makes `app` answer every error in OpenAI's form."""
 
-    async def headlong_error(_: Request, error: Exception) -> Response:
-        return _response(error.status if isinstance(error, HeadlongError) else 500, error)
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _response(error.status_code, error, error.headers)
-
-    async def invalid(_: Request, error: Exception) -> Response:
-        return _response(400, error)
+    async def answer(request: Request, error: Exception) -> Response:
+        note_error(request.scope, error)
+        return error_response(error)
 
     async def disconnected(_: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # for logs: nobody reads it
 
-    async def unexpected(_: Request, error: Exception) -> Response:
-        # Starlette raises the error again after this response, and the server logs it there.
-        return _response(500, error)
-
-    app.add_exception_handler(HeadlongError, headlong_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, invalid)
+    for kind in (HeadlongError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientDisconnect, disconnected)
-    app.add_exception_handler(Exception, unexpected)
+    # Starlette raises these again after the response, and the server logs them there.
+    app.add_exception_handler(Exception, answer)
+
+
+def note_error(scope: Scope, error: Exception) -> None:
+    """Leaves the error's code, or its type, as ``state.error_code`` for logs and metrics."""
+    fault = error_body(error).error
+    scope.setdefault("state", {})["error_code"] = fault.code or fault.type
+
+
+def error_response(error: Exception) -> Response:
+    """Answers with an error.
+
+    Args:
+        error: Any; one that nobody raised on purpose says no more than that.
+    """
+    status = 500
+    headers: dict[str, str] = {}
+    if isinstance(error, HeadlongError):
+        status = error.status
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, AuthenticationError):
+            headers["WWW-Authenticate"] = CHALLENGES
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        headers = dict(error.headers or {})
+    elif isinstance(error, RequestValidationError):
+        status = 400
+    content = error_body(error).model_dump_json()
+    return Response(content, status, headers, media_type="application/json")
 
 
 def error_body(error: Exception) -> ErrorResponse:
@@ -117,11 +140,6 @@ def describe_faults(
     if len(faults) > MAX_LISTED_ERRORS:
         lines.append(f"and {len(faults) - MAX_LISTED_ERRORS} more")
     return "; ".join(lines), fields[0] if fields else None
-
-
-def _response(status: int, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-    content = error_body(error).model_dump_json()
-    return Response(content, status, headers, media_type="application/json")
 
 
 def _field(pieces: Sequence[int | str], root: str | None) -> str | None:

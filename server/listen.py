@@ -1,18 +1,23 @@
 """Runs the application on a socket until a signal comes or the engine dies."""
 
 import asyncio
-import copy
+import math
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.config import LOGGING_CONFIG
 
+from headlong.server.config import ServerConfig
+from headlong.server.draining_server import DrainingServer
 from headlong.server.errors import ConfigError
+from headlong.server.logs import log_config
+from headlong.server.tls import tls_options
 
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine
+
+FLUSH_TIMEOUT_S = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -43,14 +48,17 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def listen(app: FastAPI, engine: "AsyncEngine", sock: socket.socket, shutdown_timeout: int) -> int:
+def listen(app: FastAPI, engine: "AsyncEngine", sock: socket.socket, config: ServerConfig) -> int:
     """Serves until SIGINT, SIGTERM or the engine's death.
+
+    The first signal lets running requests finish, for `config.shutdown_timeout` seconds; the
+    second ends everything at once.
 
     Args:
         app: Starts and shuts down `engine`.
-        engine: Watched.
+        engine: Watched, and ended in any case.
         sock: Bound.
-        shutdown_timeout: Seconds that running requests get to finish.
+        config: How it is served.
 
     Returns:
         The process's exit code: 1 if the engine died or the application did not start.
@@ -58,47 +66,36 @@ def listen(app: FastAPI, engine: "AsyncEngine", sock: socket.socket, shutdown_ti
     Raises:
         ConfigError: Another process took the address in the meantime.
     """
-    config = uvicorn.Config(
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # What the application has sent may still wait for its reader: there the kernel gives up.
+        milliseconds = min(math.ceil(config.send_timeout * 1000), 2**31 - 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    uvicorn_config = uvicorn.Config(
         app,
         # It bounds the size of headers, which httptools does not.
         http="h11",
         ws="none",
         lifespan="on",
         server_header=False,
-        timeout_graceful_shutdown=shutdown_timeout,
-        log_config=_log_config(),
+        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        h11_max_incomplete_event_size=config.max_header_bytes,
+        # Each request has a line of its own, with its id.
+        access_log=False,
+        log_config=log_config(config),
+        **tls_options(config),
     )
-    server = uvicorn.Server(config)
-    engine_died = False
-
-    async def stop_with_engine() -> None:
-        nonlocal engine_died
-        await engine.wait_dead()
-        engine_died = not server.should_exit
-        server.should_exit = True
-
-    async def serve() -> None:
-        watcher = asyncio.create_task(stop_with_engine())
-        try:
-            await server.serve(sockets=[sock])
-        finally:
-            watcher.cancel()
-
+    server = DrainingServer(uvicorn_config, engine, config.shutdown_timeout)
     host, port = sock.getsockname()[:2]
     try:
-        asyncio.run(serve())
+        asyncio.run(server.serve(sockets=[sock]))
     except KeyboardInterrupt:
         pass
     except OSError as error:
         raise _cannot_listen(host, port, error) from error
-    return 1 if engine_died or not server.started else 0
+    finally:
+        engine.kill()
+    return 1 if server.engine_died or not server.started else 0
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}", "port")
-
-
-def _log_config() -> dict[str, Any]:
-    config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"]["headlong"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
-    return config

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
+from headlong.server.engine.request import EngineRequest
 from headlong.server.errors import InvalidRequestError
-from headlong.server.generation import Generation
+from headlong.server.generation import Generation, new_id
 from headlong.server.http_errors import describe_faults
 from headlong.server.prompts import PromptEncoder
 from headlong.server.sampling import ModelLimits, sampling_params
@@ -54,16 +55,22 @@ async def generate_text(
     defaults = {"max_tokens": DEFAULT_MAX_TOKENS, **engine.default_sampling}
     limits = ModelLimits(engine.max_model_len, engine.vocab_size, defaults)
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    if encoder.has_chat_template if chat is None else chat:
+    request: SamplingFields
+    if encoder.template.exists if chat is None else chat:
         message = {"role": "user", "content": prompt}
         request = _checked(ChatRequest, messages=[message], **settings)
-        token_ids = await encoder.chat_prompt(request)
-        params = sampling_params(request, len(token_ids), limits)
+        encoded = await encoder.chat_prompt(request)
     else:
-        completion = _checked(CompletionRequest, prompt=prompt, **settings)
-        [token_ids] = await encoder.completion_prompts(completion)
-        params = sampling_params(completion, len(token_ids), limits)
-    generation = Generation(engine, kind="gen", model="", prompts=[token_ids], params=[params])
+        request = _checked(CompletionRequest, prompt=prompt, **settings)
+        [encoded] = await encoder.completion_prompts(request)
+    params = sampling_params(request, len(encoded.token_ids), limits)
+    generation_id = new_id("gen-")
+    generation = Generation(
+        engine,
+        generation_id=generation_id,
+        model="",
+        requests=[EngineRequest(generation_id, encoded.token_ids, params)],
+    )
     await engine.start()
     try:
         async with aclosing(generation.deltas()) as deltas:

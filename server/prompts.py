@@ -1,21 +1,36 @@
 """Turns what a request says into token ids, off the event loop."""
 
 import asyncio
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from headlong.server.chat_template import ChatTemplate
 from headlong.server.errors import ContextLengthError, InvalidRequestError
 from headlong.server.http_errors import shorten
-from headlong.server.schemas_chat import ChatMessage, ChatRequest
+from headlong.server.schemas_chat import ChatRequest
+from headlong.server.schemas_common import SamplingFields
 from headlong.server.schemas_completions import CompletionRequest
-from headlong.server.unsupported import MESSAGE_FIELDS, refuse_unsupported
+from headlong.server.schemas_messages import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PARTS_SEPARATOR = "\n"
-MAX_TEMPLATE_ERROR_CHARS = 300
+MAX_TOKENIZE_CHARS = 1_000_000
+"""Longest text that is tokenized for its own sake: one over the context can still be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt.
+
+    Attributes:
+        token_ids: At least one.
+        text: What the client wrote; None if it sent token ids, or if the text was truncated.
+    """
+
+    token_ids: list[int]
+    text: str | None = None
 
 
 class PromptEncoder:
@@ -26,6 +41,10 @@ class PromptEncoder:
         vocab_size: Token ids that a client sends must be under it.
         max_model_len: Texts that cannot fit it are refused before they are tokenized.
         chat_template: Jinja source that replaces the tokenizer's own template.
+
+    Attributes:
+        tokenizer: The model's.
+        template: The chat template.
     """
 
     def __init__(
@@ -36,33 +55,19 @@ class PromptEncoder:
         max_model_len: int,
         chat_template: str | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, chat_template)
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._chat_template = chat_template
         # No token stands for more characters than the longest one has, so a text of more than
         # this many overflows the context; tokenizing it would only burn the time of others.
         self._max_chars = max_model_len * max(map(len, tokenizer.get_vocab()), default=1)
-        # Those have a meaning of their own, to transformers or to the templates.
-        self._reserved = {
-            "messages",
-            *inspect.signature(tokenizer.apply_chat_template).parameters,
-            *tokenizer.special_tokens_map,
-        }
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be encoded."""
-        return bool(self._chat_template or self._tokenizer.chat_template)
-
-    async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
+    async def completion_prompts(self, request: CompletionRequest) -> list[EncodedPrompt]:
         """Encodes the prompts of a text completion.
 
         Args:
             request: Its prompt is text, texts, token ids or lists of token ids.
-
-        Returns:
-            The token ids of each prompt, none empty.
 
         Raises:
             InvalidRequestError: A token id is outside the vocabulary, or a text has no tokens.
@@ -76,106 +81,143 @@ class PromptEncoder:
                 texts.append(item)
             elif isinstance(item, list):
                 token_ids.append(item)
+        keep = self._tokens_to_keep(request)
         if texts:
             special = request.add_special_tokens is not False
-            return await asyncio.to_thread(self._encode, texts, special, "prompt")
+            return await asyncio.to_thread(self._encode_within, texts, special, keep, "prompt")
         if not token_ids:
             token_ids = [[item for item in prompt if isinstance(item, int)]]
         for ids in token_ids:
             check_token_ids(ids, self._vocab_size, "prompt")
-        return token_ids
+        return [EncodedPrompt(_last(ids, keep)) for ids in token_ids]
 
-    async def chat_prompt(self, request: ChatRequest) -> list[int]:
+    async def chat_prompt(
+        self, request: ChatRequest, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> EncodedPrompt:
         """Renders a conversation with the chat template and encodes it.
 
         Args:
             request: Its messages, and what it says of the template.
-
-        Returns:
-            The prompt's token ids.
+            tools: What the template is to offer.
 
         Raises:
             InvalidRequestError: There is no template, or it fails on these messages.
             ContextLengthError: The conversation cannot fit the context.
         """
-        if not self.has_chat_template:
-            raise InvalidRequestError(
-                "this model has no chat template: use /v1/completions, or start the server with "
-                "--chat-template",
-                "messages",
-            )
-        messages = [
-            _template_message(message, f"messages.{index}.")
-            for index, message in enumerate(request.messages)
-        ]
-        open_ended = request.continue_final_message is True
-        turn = request.add_generation_prompt
-        if open_ended and turn:
-            raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt exclude each other",
-                "continue_final_message",
-            )
+        self.template.check(request)
+        keep = self._tokens_to_keep(request)
         # A template writes the model's special tokens itself.
         special = request.add_special_tokens is True
-        variables: Mapping[str, Any] = request.chat_template_kwargs or {}
-        for name in variables:
-            if name in self._reserved:
-                field = f"chat_template_kwargs.{name}"
-                raise InvalidRequestError(f"{field} cannot be set by a request", field)
 
-        def encode() -> list[int]:
-            text = self._render(
-                messages, not open_ended if turn is None else turn, open_ended, variables
-            )
-            return self._encode([text], special, "messages")[0]
+        def encode() -> EncodedPrompt:
+            text = self.template.render(request, tools)
+            return self._encode_within([text], special, keep, "messages")[0]
 
         return await asyncio.to_thread(encode)
 
-    def _render(
-        self,
-        messages: list[dict[str, str]],
-        generation_prompt: bool,
-        open_ended: bool,
-        variables: Mapping[str, Any],
-    ) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self._chat_template,
-                    add_generation_prompt=generation_prompt,
-                    continue_final_message=open_ended,
-                    tokenize=False,
-                    **variables,
-                )
-            )
-        except Exception as error:
-            # A template is a program of the model's author, run on what the client sent: it
-            # raises what it likes, and its complaint is for the client.
-            reason = shorten(str(error), MAX_TEMPLATE_ERROR_CHARS)
-            raise InvalidRequestError(
-                f"the model's chat template refused the messages: {reason}", "messages"
-            ) from error
+    async def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Encodes a text, whether or not it fits the context.
 
-    def _encode(self, texts: Sequence[str], special: bool, param: str) -> list[list[int]]:
+        Args:
+            text: May be empty.
+            special: Add the tokenizer's special tokens.
+
+        Raises:
+            InvalidRequestError: It is longer than texts may be.
+        """
+        return await asyncio.to_thread(self._encode_any, text, special, "prompt")
+
+    async def tokenize_chat(
+        self, request: Conversation, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Renders and encodes a conversation, whether or not it fits the context.
+
+        Args:
+            request: Its messages, and what it says of the template.
+            tools: What the template is to offer.
+
+        Raises:
+            InvalidRequestError: There is no template, it fails on these messages, or they are
+                longer than texts may be.
+        """
+        self.template.check(request)
+        special = request.add_special_tokens is True
+
+        def encode() -> list[int]:
+            return self._encode_any(self.template.render(request, tools), special, "messages")
+
+        return await asyncio.to_thread(encode)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequestError: One is not in the vocabulary.
+        """
+        check_token_ids(token_ids, self._vocab_size, "tokens")
+        return await asyncio.to_thread(self.decode, token_ids, skip_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Returns the text of token ids; slow, for a thread.
+
+        Args:
+            token_ids: In the vocabulary.
+            skip_special_tokens: Leave special tokens out.
+        """
+        text = self.tokenizer.decode(
+            list(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _tokens_to_keep(self, request: SamplingFields) -> int | None:
+        keep = request.truncate_prompt_tokens
+        if keep != -1:
+            return keep
+        return max(1, self._max_model_len - (request.asked_max_tokens or 1))
+
+    def _encode_within(
+        self, texts: Sequence[str], special: bool, keep: int | None, param: str
+    ) -> list[EncodedPrompt]:
+        """Encodes texts, without those that cannot fit the context."""
         for text in texts:
-            if len(text) > self._max_chars:
+            if len(text) > self._max_chars and keep is None:
                 raise ContextLengthError(
                     f"this model's context is {self._max_model_len} tokens, and {param} of "
                     f"{len(text)} characters cannot fit it",
                     param,
                 )
-        encoding = self._tokenizer(
-            list(texts),
+        # What lies before these characters cannot be among the last tokens that fit the context.
+        encoded = self._encode([text[-self._max_chars :] for text in texts], special)
+        if not all(encoded):
+            raise InvalidRequestError(f"{param} has no tokens", param)
+        prompts: list[EncodedPrompt] = []
+        for text, token_ids in zip(texts, encoded, strict=True):
+            kept = _last(token_ids, keep)
+            whole = len(kept) == len(token_ids) and len(text) <= self._max_chars
+            prompts.append(EncodedPrompt(kept, text if whole else None))
+        return prompts
+
+    def _encode_any(self, text: str, special: bool, param: str) -> list[int]:
+        limit = max(MAX_TOKENIZE_CHARS, self._max_chars)
+        if len(text) > limit:
+            raise InvalidRequestError(
+                f"{param} has {len(text)} characters, no more than {limit} are tokenized", param
+            )
+        return self._encode([text], special)[0]
+
+    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        encoding = self.tokenizer(
+            texts,
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        prompts: list[list[int]] = encoding["input_ids"]
-        if not all(prompts):
-            raise InvalidRequestError(f"{param} has no tokens", param)
-        return prompts
+        token_ids: list[list[int]] = encoding["input_ids"]
+        return token_ids
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
@@ -192,12 +234,5 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> No
             )
 
 
-def _template_message(message: ChatMessage, prefix: str) -> dict[str, str]:
-    refuse_unsupported(message.model_extra, MESSAGE_FIELDS, prefix)
-    content = message.content
-    if not isinstance(content, str):
-        content = PARTS_SEPARATOR.join(part.text for part in content)
-    # Templates know the older name only.
-    role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": content, **named}
+def _last(token_ids: list[int], count: int | None) -> list[int]:
+    return token_ids if count is None else token_ids[-count:]

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.sampling_params import SamplingParams, Structure
 from headlong.server.errors import ContextLengthError, InvalidRequestError
 from headlong.server.http_errors import shorten
 from headlong.server.prompts import check_token_ids
 from headlong.server.schemas_chat import ChatRequest
 from headlong.server.schemas_common import SamplingFields
+from headlong.server.schemas_completions import CompletionRequest
 
 _TOKEN_ID = re.compile(r"[0-9]{1,18}", re.ASCII)
 _SAME_NAME = (
@@ -45,7 +46,12 @@ class ModelLimits:
 
 
 def sampling_params(
-    request: SamplingFields, num_prompt_tokens: int, limits: ModelLimits
+    request: SamplingFields,
+    num_prompt_tokens: int,
+    limits: ModelLimits,
+    *,
+    structure: Structure | None = None,
+    keep_special_tokens: bool = False,
 ) -> SamplingParams:
     """Joins a request's fields with the model's defaults.
 
@@ -53,6 +59,8 @@ def sampling_params(
         request: A checked request.
         num_prompt_tokens: Length of the prompt that the parameters are for.
         limits: The model's.
+        structure: What the completion must look like.
+        keep_special_tokens: Show them in the text, whatever the request says.
 
     Raises:
         InvalidRequestError: A value does not fit the model, or two fields contradict.
@@ -64,39 +72,46 @@ def sampling_params(
     } | given
     if values.get("top_k") == -1:
         values["top_k"] = 0
+    if keep_special_tokens:
+        values["skip_special_tokens"] = False
     stop = request.stop
     stop_token_ids = tuple(request.stop_token_ids or ())
     check_token_ids(stop_token_ids, limits.vocab_size, "stop_token_ids")
+    logprobs = _logprobs(request)
+    echoes = isinstance(request, CompletionRequest) and request.echo is True
     return SamplingParams(
         max_tokens=_max_tokens(request, num_prompt_tokens, limits),
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         stop_token_ids=stop_token_ids,
         logit_bias=_logit_bias(request.logit_bias or {}, limits.vocab_size),
-        logprobs=_logprobs(request),
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if echoes else None,
+        structure=structure,
         **values,
     )
 
 
 def _max_tokens(request: SamplingFields, num_prompt_tokens: int, limits: ModelLimits) -> int:
-    asked, newer = request.max_tokens, request.max_completion_tokens
-    if asked is not None and newer is not None and asked != newer:
+    if request.max_tokens is not None and request.max_tokens != request.asked_max_tokens:
         raise InvalidRequestError(
             "max_tokens and max_completion_tokens differ, give one", "max_completion_tokens"
         )
-    asked = asked if newer is None else newer
+    asked = request.asked_max_tokens
+    # The engine scores a prompt on the way to a token.
+    least = None if asked is None else max(asked, 1)
     context = limits.max_model_len
     room = context - num_prompt_tokens
-    if room < 1 or (asked is not None and asked > room):
-        wanted = "" if asked is None else f" and {shorten(str(asked), 40)} of the completion"
+    if room < (least or 1):
+        wanted = f" and {shorten(str(asked), 40)} of the completion" if asked else ""
         raise ContextLengthError(
             f"this model's context is {context} tokens, and the request needs "
-            f"{num_prompt_tokens} of the {_prompt_name(request)}{wanted}"
-            + ("" if asked is not None else " and at least one of the completion"),
+            f"{num_prompt_tokens} of the {_prompt_name(request)}"
+            + (wanted or " and at least one of the completion"),
             _prompt_name(request),
         )
-    if asked is not None:
-        return asked
-    unasked = room if isinstance(request, ChatRequest) else SamplingParams().max_tokens
+    if least is not None:
+        return least
+    unasked = SamplingParams().max_tokens if isinstance(request, CompletionRequest) else room
     return max(1, min(room, int(limits.default_sampling.get("max_tokens", unasked))))
 
 
@@ -105,9 +120,10 @@ def _prompt_name(request: SamplingFields) -> str:
 
 
 def _logprobs(request: SamplingFields) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
     if not isinstance(request, ChatRequest):
-        count: int | None = getattr(request, "logprobs", None)
-        return count
+        return None
     if request.logprobs:
         return request.top_logprobs or 0
     if request.top_logprobs:

@@ -1,89 +1,33 @@
 """Bodies of ``POST /v1/chat/completions``."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    JsonValue,
-    StrictBool,
-    StrictStr,
-    Tag,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import StrictBool
 
 from headlong.server.schemas_common import (
     FinishedBy,
     LogprobCount,
-    RequestModel,
     ResponseModel,
     SamplingFields,
     Usage,
 )
+from headlong.server.schemas_messages import Conversation
+from headlong.server.schemas_structures import StructureFields
+from headlong.server.schemas_tools import ToolCall, ToolCallDelta, ToolFields
+
+AnsweredBy = FinishedBy | Literal["tool_calls"]
 
 
-class TextPart(RequestModel):
-    """A piece of a message's text."""
-
-    type: Literal["text"]
-    text: StrictStr
-
-    @field_validator("type", mode="before")
-    @classmethod
-    def _name_what_is_refused(cls, value: object) -> object:
-        if isinstance(value, str) and value != "text":
-            raise PydanticCustomError(
-                "unsupported_part",
-                "content parts of type {kind} are not supported, send text",
-                {"kind": repr(value[:40])},
-            )
-        return value
-
-
-def _content_kind(value: object) -> str | None:
-    if isinstance(value, str):
-        return "(text)"
-    return "(parts)" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[StrictStr, Tag("(text)")]
-    | Annotated[list[TextPart], Field(fail_fast=True, min_length=1), Tag("(parts)")],
-    Discriminator(
-        _content_kind,
-        custom_error_type="content_form",
-        custom_error_message="must be a string or a list of text parts",
-    ),
-]
-
-
-class ChatMessage(RequestModel):
-    """One turn of the conversation; `developer` is the newer name of `system`."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: StrictStr | None = None
-
-
-class ChatRequest(SamplingFields):
+class ChatRequest(Conversation, ToolFields, StructureFields, SamplingFields):
     """Answer a conversation.
 
     Attributes:
-        messages: The conversation, oldest first.
         logprobs: Report the log probability of each token.
         top_logprobs: Report this many alternatives as well.
-        add_generation_prompt: End the prompt with the head of an assistant's turn; default yes.
-        continue_final_message: Leave the last message open and continue it.
-        chat_template_kwargs: Variables for the model's chat template.
     """
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     logprobs: StrictBool | None = None
     top_logprobs: LogprobCount | None = None
-    add_generation_prompt: StrictBool | None = None
-    continue_final_message: StrictBool | None = None
-    chat_template_kwargs: dict[str, JsonValue] | None = None
 
 
 class TokenAlternative(ResponseModel):
@@ -107,10 +51,11 @@ class ChatLogprobs(ResponseModel):
 
 
 class AssistantMessage(ResponseModel):
-    """The answer."""
+    """The answer; without content if all of it are calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(ResponseModel):
@@ -119,12 +64,13 @@ class ChatChoice(ResponseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishedBy
+    finish_reason: AnsweredBy
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatResponse(ResponseModel):
-    """The answer as a whole."""
+    """The answers as a whole; token ids are told with `return_token_ids`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -132,27 +78,30 @@ class ChatResponse(ResponseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
 
 
-class Delta(ResponseModel):
+class ChatDelta(ResponseModel):
     """What a chunk adds to the answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(ResponseModel):
     """What a chunk says of one answer."""
 
     index: int
-    delta: Delta
+    delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishedBy | None
+    finish_reason: AnsweredBy | None
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(ResponseModel):
-    """One event of a streamed answer."""
+    """One event of a streamed answer; the first has the prompt's token ids, if they are told."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -160,3 +109,4 @@ class ChatChunk(ResponseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None

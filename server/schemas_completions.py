@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, StrictStr, Tag
+from pydantic import Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag
 
 from headlong.server.schemas_common import (
     FinishedBy,
@@ -12,6 +12,7 @@ from headlong.server.schemas_common import (
     TokenId,
     Usage,
 )
+from headlong.server.schemas_structures import StructureFields
 
 MAX_PROMPTS = 256
 
@@ -53,30 +54,64 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
-    """Continue one or several prompts; several give several choices, in order."""
+class CompletionRequest(StructureFields, SamplingFields):
+    """Continue one or several prompts; several give several choices, in order.
+
+    Attributes:
+        max_tokens: 0 only scores the prompt, which needs `echo`.
+        logprobs: Report the log probability of each token, and this many alternatives.
+        echo: Begin each choice with its prompt, and the log probabilities of the prompt's tokens
+            if these are reported.
+        add_special_tokens: Add the tokenizer's special tokens to texts; default yes.
+    """
 
     prompt: Prompt
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     logprobs: LogprobCount | None = None
+    echo: StrictBool | None = None
+    add_special_tokens: StrictBool | None = None
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether nothing is to be generated."""
+        return self.max_tokens == 0
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts it has."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return 1
+        return len(prompt)
 
 
 class CompletionLogprobs(ResponseModel):
-    """Natural-log probabilities, one entry for each token."""
+    """Natural-log probabilities, one entry for each token.
+
+    The first token of a prompt has none, since nothing predicts it.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
 class CompletionChoice(ResponseModel):
-    """The completion of one prompt, or what a chunk adds to it."""
+    """One completion of a prompt, or what a chunk adds to it.
+
+    Attributes:
+        prompt_token_ids: With `return_token_ids`, in the first chunk.
+        token_ids: With `return_token_ids`.
+    """
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishedBy | None
     stop_reason: int | str | None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionResponse(ResponseModel):

@@ -1,4 +1,4 @@
-"""Bodies of ``GET /v1/models`` and ``GET /health``."""
+"""Bodies of ``GET /v1/models``, ``GET /health`` and ``GET /ready``."""
 
 from typing import Literal
 
@@ -30,3 +30,9 @@ class Health(ResponseModel):
     """The engine is alive."""
 
     status: Literal["ok"]
+
+
+class Readiness(ResponseModel):
+    """New requests are taken."""
+
+    status: Literal["ready"]

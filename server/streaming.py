@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from headlong.server.disconnect import cancel_on_disconnect
 from headlong.server.errors import HeadlongError
 from headlong.server.http_errors import ResponseDocs, error_body
+from headlong.server.schemas_common import NamedEvent
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,11 @@ def encode_event(data: BaseModel) -> bytes:
         data: Fields that were never set are left out.
 
     Returns:
-        ``data: {json}\n\n``, in UTF-8.
+        ``data: {json}\n\n``, in UTF-8, after a line ``event: {name}`` if it has a name.
     """
     text = data.model_dump_json(exclude_unset=True)
-    return f"data: {text.translate(_SEPARATORS)}\n\n".encode()
+    name = f"event: {data.type}\n" if isinstance(data, NamedEvent) else ""
+    return f"{name}data: {text.translate(_SEPARATORS)}\n\n".encode()
 
 
 def event_stream_docs() -> ResponseDocs:
@@ -48,26 +50,33 @@ class EventStreamResponse(Response):
     """A stream of events that stops its source when the client leaves.
 
     An error before the first event is an ordinary error response; a later one is an event and
-    ends the stream.
+    ends the stream. Other streams end with a mark, unless their events have names.
 
     Args:
         chunks: The events' data. Closed in any case.
+        held: What the stream needs until its end; closed after it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[BaseModel, None]) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[BaseModel, None],
+        held: AbstractContextManager[object] | None = None,
+    ) -> None:
         # Proxies must hand each event on at once.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._held = nullcontext() if held is None else held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
-        try:
-            await cancel_on_disconnect(receive, self._stream(send))
-        except ClientDisconnect:
-            logger.info("client left %s", scope["path"])
+        with self._held:
+            try:
+                await cancel_on_disconnect(receive, self._stream(send))
+            except ClientDisconnect:
+                logger.info("client left %s", scope["path"])
 
     async def _stream(self, send: Send) -> None:
         started = False
@@ -83,7 +92,11 @@ class EventStreamResponse(Response):
                     if not started:
                         await send_start()
                         started = True
+                        if isinstance(chunk, NamedEvent):
+                            last = b""
                     await _send_body(send, encode_event(chunk), more=True)
+            except ClientDisconnect:
+                raise
             except Exception as error:
                 if not started:
                     raise

@@ -10,11 +10,11 @@ Neutral = Mapping[str, Sequence[object]]
 _BOTH: Neutral = {
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "cache_salt": ("",),
     "early_stopping": (False,),
     "ebnf": (),
-    "grammar": (),
+    "ec_transfer_params": (),
     "guided_choice": (),
+    "guided_decoding_backend": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
@@ -22,23 +22,27 @@ _BOTH: Neutral = {
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "n": (1,),
-    "priority": (0,),
+    "logprob_token_ids": (),
     "prompt_logprobs": (),
-    "regex": (),
-    "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
+    "repetition_detection": (),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
+    "thinking_token_budget": (-1,),
+    "truncation_side": ("left",),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+
+_TOOLS: Neutral = {
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
 }
 
 COMPLETION_FIELDS: Neutral = {
     **_BOTH,
-    "best_of": (1,),
-    "echo": (False,),
+    **_TOOLS,
     "prompt_embeds": (),
     "suffix": ("",),
 }
@@ -46,36 +50,83 @@ COMPLETION_FIELDS: Neutral = {
 CHAT_FIELDS: Neutral = {
     **_BOTH,
     "audio": (),
-    "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
+}
+
+RESPONSES_FIELDS: Neutral = {
+    **CHAT_FIELDS,
+    "background": (False,),
+    "best_of": (1,),
+    "context_management": ([],),
+    "conversation": (),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "max_tool_calls": (),
+    "messages": (),
+    "moderation": (),
+    "n": (1,),
+    "previous_response_id": (),
+    "prompt": (),
+    "prompt_cache_options": ({},),
+    "prompt_cache_retention": ("in_memory",),
+    "reasoning": (
+        {},
+        {"effort": None},
+        {"effort": "none"},
+        {"effort": None, "summary": None},
+        {"effort": "none", "summary": None},
+    ),
+    "response_format": (),
+    "truncation": ("disabled",),
+}
+_NOT_STORED = "responses are not stored: send the whole conversation as input"
+RESPONSES_HINTS: Mapping[str, str] = {
+    "background": "responses are not stored: wait for it, or stream it",
+    "conversation": _NOT_STORED,
+    "logprobs": 'include "message.output_text.logprobs" or set top_logprobs',
+    "max_completion_tokens": "set max_output_tokens",
+    "max_tokens": "set max_output_tokens",
+    "messages": "send them as input",
+    "previous_response_id": _NOT_STORED,
+    "response_format": "set text.format",
+    "store": "responses are not stored: leave it out or set it to false",
+    "truncation": "truncate_prompt_tokens -1 keeps the last tokens that fit",
+}
+"""What to do in place of those fields of responses."""
+
+TOKENIZE_FIELDS: Neutral = {
+    "chat_template": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
 
 MESSAGE_FIELDS: Neutral = {
     "audio": (),
     "function_call": (),
     "refusal": ("",),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 
 def refuse_unsupported(
-    fields: Mapping[str, object] | None, unsupported: Neutral, prefix: str = ""
+    fields: Mapping[str, object] | None,
+    unsupported: Neutral,
+    prefix: str = "",
+    hints: Mapping[str, str] | None = None,
 ) -> None:
     """Refuses what is known and not supported; what nobody knows is tolerated.
 
@@ -83,6 +134,7 @@ def refuse_unsupported(
         fields: The fields that the request's schema does not define.
         unsupported: What is refused, unless its value asks for nothing.
         prefix: Where in the request the fields lie, ending in a dot.
+        hints: What to do instead of leaving a field out.
 
     Raises:
         InvalidRequestError: `param` names the field.
@@ -94,6 +146,7 @@ def refuse_unsupported(
             and value is not None
             and not any(type(value) is type(same) and value == same for same in unsupported[name])
         ):
+            hint = (hints or {}).get(name, "leave it out")
             raise InvalidRequestError(
-                f"{prefix}{name} is not supported by this server, leave it out", f"{prefix}{name}"
+                f"{prefix}{name} is not supported by this server, {hint}", f"{prefix}{name}"
             )

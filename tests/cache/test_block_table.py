@@ -17,25 +17,19 @@ def test_entries_of_sinks_and_of_a_window_that_moved() -> None:
     # The query at 21 sees 14 to 21: block 2 (8 to 11) is out of reach, block 3 (12 to 15) is not.
     assert table.take_expired(21) == [12]
     assert table.blocks.tolist() == [10, 11, 13, 14, 15]
-    assert [table.entry(logical) for logical in (0, 1, 3, 4, 5)] == [0, 1, 2, 3, 4]
-    assert table.slot(7) == 11 * 4 + 3
-    assert table.slot(12) == 13 * 4
-    assert table.slot(23) == 15 * 4 + 3
+    assert [table.find(logical) for logical in range(7)] == [10, 11, None, 13, 14, 15, None]
+    assert table.window_blocks.tolist() == [13, 14, 15]
     assert table.num_logical_blocks == 6
-    with pytest.raises(ValueError, match="logical block 2 was given back"):
-        table.entry(2)
-    with pytest.raises(ValueError, match="logical block 6 is not allocated"):
-        table.entry(6)
     table.add([16])
-    assert table.slot(24) == 16 * 4
+    assert table.find(6) == 16
 
 
 def test_a_sink_block_that_does_not_exist_yet_is_not_found() -> None:
     table = BlockTable(HeadPolicy(sink_size=9, window_size=4), block_size=4)
     table.add([7])
-    assert table.entry(0) == 0
-    with pytest.raises(ValueError, match="logical block 1 is not allocated"):
-        table.entry(1)
+    assert table.find(0) == 7
+    assert table.find(1) is None
+    assert table.window_blocks.tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -85,9 +79,29 @@ def test_what_expires_is_what_the_law_cannot_reach(
         assert given_back == set(range(allocated)) - set(table.blocks)
         assert table.take_expired(num_tokens) == []
     assert table.num_logical_blocks == allocated
-    for position in range(num_tokens):
-        if position // block_size in given_back:
-            with pytest.raises(ValueError, match="was given back"):
-                table.slot(position)
-        else:
-            assert table.slot(position) == position
+    for logical in range(allocated):
+        assert table.find(logical) == (None if logical in given_back else logical)
+    assert table.find(allocated) is None
+
+
+def test_all_blocks_of_a_retrieval_table_stay() -> None:
+    table = BlockTable(RETRIEVAL, block_size=4)
+    table.add([3, 5])
+    assert table.window_blocks.tolist() == []
+
+
+@given(POLICIES, st.integers(1, 6), st.integers(0, 30), st.integers(0, 30))
+def test_a_table_that_starts_with_shared_blocks_is_as_one_that_grew(
+    policy: HeadPolicy, block_size: int, num_blocks: int, more: int
+) -> None:
+    grown, started = BlockTable(policy, block_size), BlockTable(policy, block_size)
+    num_tokens = num_blocks * block_size
+    grown.add(list(range(num_blocks)))
+    grown.take_expired(num_tokens)
+    started.start_with(policy.reachable_blocks(num_blocks, block_size), num_tokens)
+    for table in (grown, started):
+        missing = table.missing_blocks(num_tokens + more)
+        table.add(list(range(table.num_logical_blocks, table.num_logical_blocks + missing)))
+    assert started.blocks == grown.blocks
+    assert started.window_start == grown.window_start
+    assert started.take_expired(num_tokens + more) == grown.take_expired(num_tokens + more)

@@ -24,6 +24,7 @@ from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.layout import PageLayout, build_arena_layout
+from support.slots import slot
 from support.visibility import reachable
 
 
@@ -88,7 +89,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             position = len(life.markers)
             life.markers.append(self.written)
             for group, table in enumerate(life.cache.tables):
-                self.memory[group, table.slot(position)] = self.written
+                self.memory[group, slot(table, position)] = self.written
             self.written += 1
 
     def _fails_and_takes_nothing(self, life: Life, num_tokens: int) -> None:
@@ -144,7 +145,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         for life, group, policy in self._tables():
             table = life.cache.tables[group]
             for position in reachable(policy, life.first_query, len(life.markers)):
-                assert self.memory[group, table.slot(position)] == life.markers[position]
+                assert self.memory[group, slot(table, position)] == life.markers[position]
 
     @invariant()
     def owned_is_what_the_policy_says(self) -> None:

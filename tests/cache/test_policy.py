@@ -72,6 +72,29 @@ def test_steady_blocks_bounds_every_length_and_is_nearly_reached(
     assert bound <= -(-num_tokens // block_size)
 
 
+@given(POLICIES, LENGTHS, BLOCK_SIZES)
+def test_step_blocks_bounds_every_step_of_one_token_and_is_nearly_reached(
+    policy: HeadPolicy, num_tokens: int, block_size: int
+) -> None:
+    most = max((policy.live_blocks(n, 1, block_size) for n in range(num_tokens)), default=0)
+    bound = policy.step_blocks(num_tokens, block_size)
+    assert most <= bound <= most + 1
+    assert policy.steady_blocks(num_tokens, block_size) <= bound <= -(-num_tokens // block_size)
+
+
+@given(POLICIES, st.integers(0, 30), st.integers(0, 40), BLOCK_SIZES)
+def test_reachable_blocks_are_those_that_later_queries_see(
+    policy: HeadPolicy, num_blocks: int, more: int, block_size: int
+) -> None:
+    first_query = num_blocks * block_size
+    keys = reachable(policy, first_query, first_query + more)
+    seen = {key // block_size for key in keys if key < first_query}
+    kept = policy.reachable_blocks(num_blocks, block_size)
+    assert kept == sorted(set(kept))
+    # Sinks and window are kept by whole blocks; of the rest nothing is.
+    assert set(kept) == seen
+
+
 def test_steady_blocks_of_a_window_do_not_grow() -> None:
     policy = HeadPolicy(sink_size=128, window_size=256)
     # 8 blocks of sinks; 255 tokens of window touch at most 17.

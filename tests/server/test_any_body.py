@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from headlong.server.schemas_chat import ChatRequest
 from headlong.server.schemas_completions import CompletionRequest
-from headlong.server.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
+from headlong.server.schemas_tokenize import DetokenizeRequest, TokenizeChat, TokenizeText
+from headlong.server.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, TOKENIZE_FIELDS
 
 SCALARS = (
     st.none()
@@ -47,6 +48,12 @@ VALUES = st.recursive(
             [*ChatRequest.model_fields, *CHAT_FIELDS],
             {"model": "alias", "messages": [{"role": "user", "content": "a"}]},
         ),
+        (
+            "/tokenize",
+            [*TokenizeText.model_fields, *TokenizeChat.model_fields, *TOKENIZE_FIELDS],
+            {},
+        ),
+        ("/detokenize", [*DetokenizeRequest.model_fields], {}),
     ],
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -63,3 +70,4 @@ def test_any_body(client, engine, path, names, least, data):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
         assert len(response.content) < 4000
     assert not engine.running
+    assert not engine.num_places

@@ -1,4 +1,4 @@
-"""The engine thread: streams, aborts, refusals and death."""
+"""An engine seen from the event loop: streams, aborts, refusals, draining and death."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -9,9 +9,18 @@ import pytest
 
 from headlong.server.async_engine import AsyncEngine
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.faults import Faults
 from headlong.server.engine.request import EngineRequest
-from headlong.server.errors import ContextLengthError, EngineDeadError
+from headlong.server.engine_link import EngineThread
+from headlong.server.errors import (
+    ContextLengthError,
+    DrainingError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+)
 from support.engines import build_engine, greedy, run
+from support.observer import Recorder
 
 PROMPT = [10, 20, 30]
 
@@ -111,10 +120,137 @@ def test_shutdown_ends_streams(engine: Engine) -> None:
             stream = async_engine.generate(EngineRequest("open", PROMPT, greedy(1000)))
             await anext(stream)
             await async_engine.shutdown()
-            with pytest.raises(EngineDeadError, match="shutting down"):
+            with pytest.raises(DrainingError, match="shutting down"):
                 async for _ in stream:
                     pass
+            assert async_engine.state == "dead"
 
     asyncio.run(scenario())
     engine.abort("open")
     assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+
+
+def test_its_states_and_what_they_refuse(engine: Engine) -> None:
+    observer = Recorder()
+
+    async def scenario() -> None:
+        async_engine = AsyncEngine(engine, observer=observer)
+        assert async_engine.state == "starting"
+        with pytest.raises(EngineDeadError):
+            async_engine.admit(1)
+        await async_engine.start()
+        assert async_engine.state == "ready"
+        ticket = async_engine.admit(1)
+        running_one = asyncio.create_task(tokens_of(async_engine, "running", PROMPT, 200))
+        while not async_engine.stats.num_running:
+            await asyncio.sleep(0)
+        async_engine.drain()
+        assert async_engine.state == "draining"
+        assert async_engine.is_alive
+        with pytest.raises(DrainingError):
+            async_engine.admit(1)
+        with pytest.raises(DrainingError):
+            await tokens_of(async_engine, "new", PROMPT, 3)
+        idle = asyncio.create_task(async_engine.wait_idle())
+        # A request that was admitted before is served.
+        admitted = async_engine.generate(EngineRequest("admitted", PROMPT, greedy(3)), ticket)
+        assert sum([len(output.token_ids) async for output in admitted]) == 3
+        assert not idle.done()
+        assert len(await running_one) == 200
+        await idle
+        await async_engine.shutdown()
+        with pytest.raises(EngineDeadError):
+            async_engine.admit(1)
+
+    asyncio.run(scenario())
+    assert observer.rejected == ["engine_dead", "draining", "engine_dead"]
+
+
+def test_a_request_takes_a_place_until_it_runs(engine: Engine) -> None:
+    observer = Recorder()
+
+    async def scenario() -> None:
+        async_engine = AsyncEngine(engine, max_num_queued_reqs=2, observer=observer)
+        await async_engine.start()
+        try:
+            with async_engine.admit(2) as ticket:
+                with pytest.raises(QueueFullError):
+                    async_engine.admit(1)
+                stream = async_engine.generate(EngineRequest("a", PROMPT, greedy(1000)), ticket)
+                first = await anext(stream)
+                assert (first.token_ids, first.queued_s is None) == ((), False)
+                async_engine.admit(1).release()
+                with pytest.raises(QueueFullError):
+                    async_engine.admit(2)
+                await stream.aclose()
+            assert async_engine.is_idle
+        finally:
+            await async_engine.shutdown()
+
+    asyncio.run(scenario())
+    assert observer.rejected == ["queue_full"] * 2
+    assert [reason for reason, *_ in observer.finished] == ["cancelled"]
+
+
+def test_the_observer_hears_of_every_stage(engine: Engine) -> None:
+    observer = Recorder()
+
+    async def scenario() -> None:
+        async_engine = AsyncEngine(engine, observer=observer)
+        await async_engine.start()
+        await tokens_of(async_engine, "r", PROMPT, 4)
+        with pytest.raises(ContextLengthError):
+            await tokens_of(async_engine, "long", [5] * 2000, 3)
+        await async_engine.shutdown()
+
+    asyncio.run(scenario())
+    stages = ["started", "first_token", "token", "token", "token", "finished", "rejected"]
+    assert observer.names == stages
+    assert observer.finished == [("length", 3, 4)]
+    assert observer.rejected == ["context_length_exceeded"]
+    # Those of the steps, and the one with which it begins.
+    assert observer.steps == sorted(observer.steps)
+    assert len(set(observer.steps)) == 1 + 4
+
+
+@pytest.mark.parametrize("fault", [Faults(hang_at_step=4), Faults(crash_at_step=4)])
+def test_a_step_that_does_not_end_is_a_death(engine: Engine, fault: Faults) -> None:
+    hangs = fault.hang_at_step is not None
+
+    async def scenario() -> None:
+        link = EngineThread(engine, fault)
+        async_engine = AsyncEngine(link, hang_timeout=0.3 if hangs else 300.0)
+        await async_engine.start()
+        with pytest.raises(EngineDeadError, match="no step" if hangs else "unexpected"):
+            await tokens_of(async_engine, "victim", PROMPT, 1000)
+        await async_engine.wait_dead()
+        assert async_engine.state == "dead"
+        assert not async_engine.is_alive
+        await async_engine.shutdown()
+
+    asyncio.run(scenario())
+    engine.abort("victim")
+
+
+def test_an_idle_engine_does_not_hang(engine: Engine) -> None:
+    async def scenario() -> None:
+        async_engine = AsyncEngine(engine, hang_timeout=0.02)
+        await async_engine.start()
+        watching = asyncio.create_task(async_engine.wait_dead())
+        # Ten times as long as it takes to find a hang.
+        await asyncio.wait([watching], timeout=0.2)
+        assert not watching.done()
+        watching.cancel()
+        await async_engine.shutdown()
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_passed_on_is_refused(engine: Engine) -> None:
+    async def scenario() -> None:
+        async with running(engine) as async_engine:
+            with pytest.raises(InvalidRequestError):
+                await tokens_of(async_engine, "big", [10**30], 3)
+            assert len(await tokens_of(async_engine, "next", PROMPT, 3)) == 3
+
+    asyncio.run(scenario())

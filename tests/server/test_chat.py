@@ -1,6 +1,7 @@
 import pytest
 
 PATH = "/v1/chat/completions"
+CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
 def prompts(engine):
@@ -93,14 +94,27 @@ def test_stream_logprobs(post, events):
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool"}]}, "messages.0.content"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
         ({"messages": "hi"}, "messages"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]},
+            "messages.0.tool_calls.0.type",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": CALLS}]},
             "messages.0.tool_calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": None}]},
+            "messages.0.content",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {}}]},
+            "messages.0.function_call",
         ),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -20,7 +20,13 @@ def test_a_completion_has_text_reason_and_usage(post, engine):
             "stop_reason": 2,
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "kv_cache": {"peak_bytes": 100, "full_bytes": 300},
+    }
     assert engine.tokenizer.decode(engine.seen[0][0]) == "abc"
 
 
@@ -123,7 +129,9 @@ def test_a_stream_ends_with_usage_if_asked(post, events):
     *chunks, last, _ = events(response.text)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+    counts = {name: last["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
+    assert counts == {"prompt_tokens": 2, "completion_tokens": 4}
+    assert last["usage"]["kv_cache"] == {"peak_bytes": 100, "full_bytes": 300}
 
 
 def test_every_chunk_has_usage_if_asked(post, events):

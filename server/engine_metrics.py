@@ -1,0 +1,193 @@
+"""What the engine counts itself, as metrics: read at every scrape, and kept nowhere twice."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from headlong.server.engine.status import CanaryStats, EngineInfo, EngineStats
+
+if TYPE_CHECKING:
+    from headlong.server.async_engine import AsyncEngine
+
+PREFIX = "headlong:"
+MODEL_LABEL = "model_name"
+
+
+class EngineCollector(Collector):
+    """Reads an engine's latest stats.
+
+    Args:
+        engine: Whose.
+        model_name: The label of all series.
+    """
+
+    def __init__(self, engine: "AsyncEngine", model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        """Makes the metrics of this moment."""
+        info, stats = self._engine.info, self._engine.stats
+        yield from self._load(stats)
+        yield from self._cache(info, stats)
+        yield from self._tokens(stats)
+        yield from self._canary(stats.canary)
+        yield from self._infos(info)
+
+    def describe(self) -> list[Metric]:
+        """Names nothing beforehand: no other collector has names like these."""
+        return []
+
+    def _load(self, stats: EngineStats) -> Iterator[Metric]:
+        yield self._gauge("num_requests_running", "Completions that own blocks.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Completions in the queue.", stats.num_waiting)
+        yield self._counter(
+            "num_preemptions",
+            "Times that blocks were taken from a running sequence.",
+            stats.preemptions_total,
+        )
+        yield self._counter("engine_steps", "Steps run.", stats.steps_total)
+        yield self._counter("engine_step_seconds", "Time spent in steps.", stats.step_s_total)
+        yield self._counter(
+            "engine_model_seconds",
+            "Of that, time spent in the model's pass and in sampling.",
+            stats.model_s_total,
+        )
+
+    def _cache(self, info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
+        labels = [MODEL_LABEL, "group"]
+        usage = GaugeMetricFamily(
+            f"{PREFIX}kv_cache_group_usage_perc",
+            "Fraction of a head group's blocks that running sequences own, 0 to 1.",
+            labels=labels,
+        )
+        blocks = GaugeMetricFamily(
+            f"{PREFIX}kv_cache_blocks",
+            "Blocks of a head group: owned by running sequences, cached without an owner, free.",
+            labels=[*labels, "state"],
+        )
+        fullest = 0.0
+        # Before the first report nothing is owned.
+        no_blocks = (0,) * len(info.groups)
+        states = zip(
+            info.groups,
+            stats.owned_blocks or no_blocks,
+            stats.cached_blocks or no_blocks,
+            strict=True,
+        )
+        for group, owned, cached in states:
+            used = owned / max(group.num_blocks, 1)
+            fullest = max(fullest, used)
+            usage.add_metric([self._model_name, group.name], used)
+            counts = {"owned": owned, "cached": cached, "free": group.num_blocks - owned - cached}
+            for state, count in counts.items():
+                blocks.add_metric([self._model_name, group.name, state], count)
+        yield self._gauge(
+            "kv_cache_usage_perc",
+            "The same of the group that is fullest: at 1 nothing more is admitted.",
+            fullest,
+        )
+        yield usage
+        yield blocks
+        yield self._gauge("kv_bytes_owned", "Bytes of all owned blocks.", stats.kv_bytes_owned)
+        yield self._gauge(
+            "kv_bytes_saved",
+            "What a full cache would hold beyond that for the same sequences.",
+            max(0, stats.kv_bytes_full - stats.kv_bytes_owned),
+        )
+
+    def _tokens(self, stats: EngineStats) -> Iterator[Metric]:
+        yield self._counter(
+            "prompt_tokens",
+            "Prompt tokens computed or found in the prefix cache.",
+            stats.prompt_tokens_total,
+        )
+        yield self._counter("generation_tokens", "Tokens sampled.", stats.generation_tokens_total)
+        yield self._counter(
+            "prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache.",
+            stats.prefix_queries_total,
+        )
+        yield self._counter("prefix_cache_hits", "Of these, tokens found.", stats.prefix_hits_total)
+        misses = CounterMetricFamily(
+            f"{PREFIX}prefix_cache_misses",
+            "The others, by why they were not found.",
+            labels=[MODEL_LABEL, "reason"],
+        )
+        for reason, count in stats.prefix_misses_total.items():
+            misses.add_metric([self._model_name, reason], count)
+        yield misses
+
+    def _canary(self, canary: CanaryStats) -> Iterator[Metric]:
+        yield self._counter(
+            "canary_requests", "Requests scored again over the full cache.", canary.requests
+        )
+        yield self._mean(
+            "canary_kl_nats",
+            "KL divergence of the full cache's next token from the served one's.",
+            canary.tokens,
+            canary.kl_sum,
+        )
+        yield self._mean(
+            "canary_top1_agreement",
+            "1 where both caches find the same token most probable, else 0.",
+            canary.tokens,
+            canary.top1_agreed,
+        )
+        skipped = CounterMetricFamily(
+            f"{PREFIX}canary_skipped",
+            "Requests chosen to be scored again, and not scored.",
+            labels=[MODEL_LABEL, "reason"],
+        )
+        for reason, count in canary.skipped.items():
+            skipped.add_metric([self._model_name, reason], count)
+        yield skipped
+
+    def _infos(self, info: EngineInfo) -> Iterator[Metric]:
+        yield InfoMetricFamily(
+            f"{PREFIX}build",
+            "What runs here.",
+            value={
+                MODEL_LABEL: self._model_name,
+                "version": version("headlong"),
+                "model": info.model,
+                "device": info.device,
+                "dtype": info.dtype,
+            },
+        )
+        yield InfoMetricFamily(
+            f"{PREFIX}cache_config",
+            "How the KV cache was laid out.",
+            value={
+                MODEL_LABEL: self._model_name,
+                "block_size": str(info.block_size),
+                "max_model_len": str(info.max_model_len),
+                "max_num_seqs": str(info.max_num_seqs),
+                "num_blocks": str(sum(group.num_blocks for group in info.groups)),
+                "full_token_bytes": str(info.full_token_bytes),
+            },
+        )
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _mean(self, name: str, text: str, count: int, total: float) -> SummaryMetricFamily:
+        family = SummaryMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])
+        family.add_metric([self._model_name], count, total)
+        return family

@@ -1,0 +1,165 @@
+"""Settings of the engine, as people give them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from headlong.server.config import ENV_PREFIX
+from headlong.server.engine.engine_config import (
+    UNBOUNDED,
+    AttentionBackendName,
+    DType,
+    EngineConfig,
+    LoadFormat,
+)
+from headlong.server.flag import Flag
+
+_MODEL = "Model"
+_HEADS = "Head profile"
+_DEVICE = "Device"
+_CACHE = "KV cache"
+_SCHEDULING = "Scheduling"
+
+
+def _read_window(value: object) -> object:
+    return UNBOUNDED if value == "full" else value
+
+
+class EngineSettings(BaseSettings):
+    """What of `EngineConfig` was given; what was not keeps the default that it has there."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    model: Annotated[str | None, Flag("Folder or hub id of a checkpoint.", _MODEL)] = None
+    revision: Annotated[str | None, Flag("Branch, tag or commit of a hub checkpoint.", _MODEL)] = (
+        None
+    )
+    trust_remote_code: Annotated[
+        bool | None, Flag("Run code that the checkpoint brings along.", _MODEL)
+    ] = None
+    load_format: Annotated[
+        LoadFormat | None, Flag("dummy makes random weights, for benchmarks.", _MODEL)
+    ] = None
+    max_model_len: Annotated[
+        int | None,
+        Flag("Most tokens of prompt and completion together. Default: the model's limit.", _MODEL),
+    ] = None
+    seed: Annotated[int | None, Flag("Of requests that bring none of their own.", _MODEL)] = None
+
+    profile: Annotated[
+        str | None,
+        Flag(
+            "Head profile; 'none' for a full cache. By default the model folder's profile.json.",
+            _HEADS,
+        ),
+    ] = None
+    sparsity: Annotated[
+        float | None,
+        Flag("Fraction of KV heads that stream, in place of the profile's.", _HEADS),
+    ] = None
+    threshold: Annotated[
+        float | None, Flag("Least score of a retrieval head, in place of the profile's.", _HEADS)
+    ] = None
+    sink_size: Annotated[int | None, Flag("First tokens that streaming heads keep.", _HEADS)] = None
+    window_size: Annotated[int | None, Flag("Recent tokens that streaming heads keep.", _HEADS)] = (
+        None
+    )
+    canary_rate: Annotated[
+        float | None,
+        Flag(
+            "Fraction of requests that is scored again over the full cache in idle time, to "
+            "measure what compression costs.",
+            _HEADS,
+        ),
+    ] = None
+
+    device: Annotated[
+        str | None, Flag("auto, cpu, cuda or cuda:N; auto is CUDA where there is one.", _DEVICE)
+    ] = None
+    dtype: Annotated[
+        DType | None,
+        Flag("Of weights and cache; auto is float32 on a CPU, else the checkpoint's own.", _DEVICE),
+    ] = None
+    attention_backend: Annotated[
+        AttentionBackendName | None,
+        Flag("What computes attention; auto is triton on CUDA, else torch.", _DEVICE),
+    ] = None
+    enforce_eager: Annotated[bool | None, Flag("Do without CUDA graphs.", _DEVICE)] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Flag(
+            "Fraction of a CUDA device's memory for weights, activations and KV cache. "
+            "Default 0.9.",
+            _DEVICE,
+        ),
+    ] = None
+
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        Flag(
+            "Size of the KV cache. Default: 1 GiB on a CPU, else what --gpu-memory-utilization "
+            "leaves.",
+            _CACHE,
+        ),
+    ] = None
+    block_size: Annotated[int | None, Flag("Tokens of a cache page.", _CACHE)] = None
+    enable_prefix_caching: Annotated[
+        bool | None, Flag("Keep the blocks of finished requests findable.", _CACHE)
+    ] = None
+    kv_policy_max_sink_size: Annotated[
+        int | None, Flag("Largest sink_size that a request's kv_policy may ask for.", _CACHE)
+    ] = None
+    kv_policy_max_window_size: Annotated[
+        int | None,
+        BeforeValidator(_read_window),
+        Flag(
+            "Largest window_size that a request's kv_policy may ask for; full allows the full "
+            "cache, 0 leaves every request to the profile.",
+            _CACHE,
+            kind=str,
+        ),
+    ] = None
+    kv_policy_tokens: Annotated[
+        int | None,
+        Flag("Tokens that requests with a wider kv_policy hold in all, set aside.", _CACHE),
+    ] = None
+
+    max_num_seqs: Annotated[int | None, Flag("Most sequences that run at once.", _SCHEDULING)] = (
+        None
+    )
+    max_num_batched_tokens: Annotated[int | None, Flag("Most tokens of one step.", _SCHEDULING)] = (
+        None
+    )
+    chunked_prefill_size: Annotated[
+        int | None,
+        Flag(
+            "Most prompt tokens of a step in which others decode. Default: a quarter of "
+            "--max-num-batched-tokens.",
+            _SCHEDULING,
+        ),
+    ] = None
+
+    def to_engine_config(self, default_model: str) -> EngineConfig:
+        """Checks the settings as a whole.
+
+        A model's folder may hold its head profile as ``profile.json``; it is used unless another
+        one, or "none", is given.
+
+        Args:
+            default_model: Used when no model was given.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        given: dict[str, Any] = self.model_dump(exclude_none=True)
+        model = given.setdefault("model", default_model)
+        beside = Path(model) / "profile.json"
+        if self.profile is None and beside.is_file():
+            given["profile"] = str(beside)
+        elif self.profile == "none":
+            del given["profile"]
+        return EngineConfig(**given)

@@ -1,0 +1,105 @@
+"""How the server logs: lines for people, or one JSON object a line."""
+
+import logging
+import logging.config
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from headlong.server.config import ServerConfig
+from headlong.server.console import console
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The request that is being served, in the event loop's tasks."""
+
+# What ends a line somewhere, or steers a terminal.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_NAME = __name__
+
+
+class AddRequestId(logging.Filter):
+    """Puts the id of the request that is being served into every record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keeps every record."""
+        if (request_id := REQUEST_ID.get()) is not None:
+            record.request_id = request_id
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record; only a traceback has more, and these are indented.
+
+    Control characters are escaped, so that nothing that a client sends can look like a record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Formats the record's line."""
+        line = escape_control(super().formatMessage(record))
+        request_id = getattr(record, "request_id", None)
+        return line if request_id is None else f"{line} id={request_id}"
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Formats a traceback."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"  | {escape_control(line)}" for line in lines)
+
+
+def escape_control(text: str) -> str:
+    """Writes control characters as Python does in strings."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def log_config(config: ServerConfig) -> dict[str, Any]:
+    """Says how the server and its engine log.
+
+    Args:
+        config: Its log format and level.
+
+    Returns:
+        Plain data for `logging.config.dictConfig`.
+    """
+    level = config.log_level.upper()
+    text = {"()": f"{_NAME}.{TextFormatter.__name__}"}
+    json = {
+        "()": "pythonjsonlogger.json.JsonFormatter",
+        "fmt": "%(levelname)s %(name)s %(message)s",
+        "rename_fields": {"levelname": "level", "name": "logger"},
+        "timestamp": "time",
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "filters": {"request_id": {"()": f"{_NAME}.{AddRequestId.__name__}"}},
+        "formatters": {"default": json if config.log_format == "json" else text},
+        "handlers": {
+            "default": {
+                "class": "logging.StreamHandler",
+                "stream": "ext://sys.stderr",
+                "formatter": "default",
+                "filters": ["request_id"],
+            }
+        },
+        # Of other libraries only what matters is shown, and of uvicorn only what we do not say.
+        "root": {"handlers": ["default"], "level": "WARNING"},
+        "loggers": {
+            "headlong": {"level": level},
+            "uvicorn": {"level": level if config.log_level != "info" else "WARNING"},
+        },
+    }
+
+
+def configure_logs(config: ServerConfig) -> Callable[[str], None]:
+    """Sets this process's logs up.
+
+    Returns:
+        What says a line of the start: on standard output, or in JSON logs as one of them.
+    """
+    logging.config.dictConfig(log_config(config))
+    if config.log_format == "json":
+        return logging.getLogger("headlong.start").info
+    return console().print

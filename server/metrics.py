@@ -1,0 +1,168 @@
+"""Metrics for Prometheus: histograms of what requests go through, and counts of their ends.
+
+Names are vLLM's, after ``headlong:``, so that dashboards carry over. What the engine counts itself
+is read when it is asked for, see `engine_metrics`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder, generate_latest
+
+from headlong.server.engine.status import EngineStats
+from headlong.server.engine_metrics import MODEL_LABEL, PREFIX, EngineCollector
+from headlong.server.observer import FinishedAs
+
+if TYPE_CHECKING:
+    from headlong.server.async_engine import AsyncEngine
+
+_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+
+# Seconds. A step of a small model takes milliseconds, a long prompt on a CPU takes minutes.
+_TOKEN_TIMES = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10,
+)  # fmt: skip
+_WAITING_TIMES = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280,
+)  # fmt: skip
+_REQUEST_TIMES = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+
+
+class Metrics:
+    """An observer whose memory Prometheus reads.
+
+    Args:
+        engine: Its stats are read at every scrape.
+        model_name: The label of all series.
+    """
+
+    def __init__(self, engine: "AsyncEngine", model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._model_name = model_name
+        self._registry.register(EngineCollector(engine, model_name))
+        ProcessCollector(registry=self._registry)
+        tokens = _token_buckets(engine.max_model_len)
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            _WAITING_TIMES,
+        )
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a completion.", _TOKEN_TIMES
+        )
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time between the tokens of a completion.",
+            _TOKEN_TIMES,
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds",
+            "From a request's arrival to the end of a completion.",
+            _REQUEST_TIMES,
+        )
+        self._queue = self._histogram(
+            "request_queue_time_seconds",
+            "From a request's arrival to its first step.",
+            _WAITING_TIMES,
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds",
+            "From a request's first step to its first token.",
+            _WAITING_TIMES,
+        )
+        self._prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Tokens of the prompt, of each completion.", tokens
+        )
+        self._generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens generated, of each completion.", tokens
+        )
+        self._step_tokens = self._histogram(
+            "iteration_tokens_total", "Prompt tokens and decodes of a step.", tokens
+        )
+        self._finished = Counter(
+            f"{PREFIX}request_success",
+            "Completions that ended, by how they did.",
+            (MODEL_LABEL, "finished_reason"),
+            registry=self._registry,
+        )
+        for reason in get_args(FinishedAs):
+            self._finished.labels(model_name, reason)
+        self._rejected = Counter(
+            f"{PREFIX}request_rejections",
+            "Requests that were turned away, by the code or type of their error.",
+            (MODEL_LABEL, "reason"),
+            registry=self._registry,
+        )
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """Writes all metrics.
+
+        Args:
+            accept: The Accept header.
+
+        Returns:
+            The text, and its content type: OpenMetrics for who asks for it, else Prometheus'.
+        """
+        try:
+            encode, content_type = choose_encoder(accept)
+            return encode(self._registry), content_type
+        except ValueError:
+            # A version that is none.
+            return generate_latest(self._registry), _PLAIN
+
+    def count_rejection(self, reason: str) -> None:
+        """Counts a request that was turned away.
+
+        Args:
+            reason: Of a closed set: each makes a series for ever.
+        """
+        self._rejected.labels(self._model_name, reason).inc()
+
+    def on_step(self, stats: EngineStats) -> None:
+        """Counts the tokens of a step."""
+        self._step_tokens.observe(stats.step_prefill_tokens + stats.step_decode_tokens)
+
+    def on_started(self, queued_s: float) -> None:
+        """Notes how long a request waited."""
+        self._queue.observe(queued_s)
+
+    def on_first_token(self, ttft_s: float, prefill_s: float) -> None:
+        """Notes how long a first token took."""
+        self._ttft.observe(ttft_s)
+        self._prefill.observe(prefill_s)
+
+    def on_token(self, itl_s: float) -> None:
+        """Notes how long a further token took."""
+        self._itl.observe(itl_s)
+
+    def on_finished(
+        self,
+        reason: FinishedAs,
+        num_prompt_tokens: int,
+        num_completion_tokens: int,
+        e2e_s: float,
+        tpot_s: float | None,
+    ) -> None:
+        """Counts a completion, and notes its size and times."""
+        self._finished.labels(self._model_name, reason).inc()
+        self._prompt_tokens.observe(num_prompt_tokens)
+        self._generation_tokens.observe(num_completion_tokens)
+        self._e2e.observe(e2e_s)
+        if tpot_s is not None:
+            self._tpot.observe(tpot_s)
+
+    def on_rejected(self, reason: str) -> None:
+        """Does nothing: rejections are counted where they are answered, the engine's among them."""
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(
+            PREFIX + name, text, (MODEL_LABEL,), buckets=buckets, registry=self._registry
+        )
+        return family.labels(self._model_name)
+
+
+def _token_buckets(most: int) -> list[float]:
+    """1, 2, 5, 10, 20, 50 and so on, up to and with `most`."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return [*(float(each) for each in steps if each < most), float(most)]

@@ -1,0 +1,82 @@
+"""``POST /tokenize``, ``POST /detokenize``, ``GET /tokenizer_info`` and ``GET /version``."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from headlong.server.http_errors import error_docs
+from headlong.server.schemas_tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChat,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+    Version,
+)
+from headlong.server.serving import Serving
+from headlong.server.strict_json import StrictJSONRoute
+from headlong.server.tool_choice import plan_tools
+from headlong.server.unsupported import TOKENIZE_FIELDS, refuse_unsupported
+
+
+def tokenize_router(serving: Serving) -> APIRouter:
+    """Makes the endpoints around the tokenizer. They take no place in the engine's queue."""
+    router = APIRouter(route_class=StrictJSONRoute)
+    encoder = serving.prompts
+    tokenizer = encoder.tokenizer
+
+    @router.post(
+        "/tokenize",
+        response_model=TokenizeResponse,
+        responses=error_docs(400, 401, 404, 413, 415, 500),
+    )
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Tells the tokens of a text, or of a conversation."""
+        if body.model is not None:
+            serving.require_model(body.model)
+        refuse_unsupported(body.model_extra, TOKENIZE_FIELDS)
+        if isinstance(body, TokenizeChat):
+            plan = plan_tools(body, serving.tool_style)
+            tokens = await encoder.tokenize_chat(body, plan.template_tools)
+        else:
+            special = body.add_special_tokens is not False
+            tokens = await encoder.tokenize(body.prompt, special=special)
+        answer = TokenizeResponse(
+            count=len(tokens), max_model_len=serving.limits.max_model_len, tokens=tokens
+        )
+        if body.return_token_strs:
+            answer.token_strs = [*tokenizer.convert_ids_to_tokens(tokens)]
+        content = answer.model_dump_json(exclude_unset=True)
+        return Response(content, media_type="application/json")
+
+    @router.post("/detokenize", responses=error_docs(400, 401, 404, 413, 415, 500))
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """Tells the text of token ids."""
+        if body.model is not None:
+            serving.require_model(body.model)
+        return DetokenizeResponse(prompt=await encoder.detokenize(body.tokens))
+
+    @router.get("/tokenizer_info", responses=error_docs(401, 500))
+    async def tokenizer_info() -> TokenizerInfo:
+        """Describes the tokenizer."""
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        return TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            vocab_size=serving.limits.vocab_size,
+            model_max_length=serving.limits.max_model_len,
+            bos_token=named.get("bos_token"),
+            eos_token=named.get("eos_token"),
+            pad_token=named.get("pad_token"),
+            unk_token=named.get("unk_token"),
+            special_tokens=list(tokenizer.all_special_tokens),
+            chat_template=encoder.template.source,
+        )
+
+    @router.get("/version", responses=error_docs(401, 500))
+    async def server_version() -> Version:
+        """Tells the server's version."""
+        return Version(version=version("headlong"))
+
+    return router
