@@ -11,6 +11,10 @@ TORCH_STAMP := $(VENV)/.$(TORCH)
 RUNTIME_STAMP := $(VENV)/.runtime
 DEV_STAMP := $(VENV)/.dev
 
+# The clients of `make conformance` need what Headlong does not, in versions of their own.
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
+
 # Of these only HOST is never taken from the environment: shells export it as the machine's name.
 SERVE_ARGS := $(if $(MODEL),'$(MODEL)') \
 	$(if $(PROFILE),--profile '$(PROFILE)') \
@@ -39,6 +43,10 @@ test: $(DEV_STAMP) ## Run the tests.
 .PHONY: kernels
 kernels: $(DEV_STAMP) ## Compile every GPU kernel for sm_80 and sm_90; needs no GPU.
 	$(BIN)/python -m headlong.kernels.triton_check
+
+.PHONY: conformance
+conformance: $(DEV_STAMP) $(CLIENTS_STAMP) ## Run lm_eval, guidellm and schemathesis against a real server.
+	PYTHONPATH=benchmarks $(BIN)/python tests/conformance/run.py --clients $(CLIENTS)/bin
 
 .PHONY: gpu
 gpu: $(RUNTIME_STAMP) ## Check and time everything on this machine's CUDA device (GPU_ARGS=--help).
@@ -70,7 +78,7 @@ install: $(DEV_STAMP) ## Only install, with what development needs.
 
 .PHONY: clean
 clean: ## Remove .venv and everything that was built.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUNTIME_STAMP): $(TORCH_STAMP) pyproject.toml constraints.txt
@@ -80,6 +88,13 @@ $(RUNTIME_STAMP): $(TORCH_STAMP) pyproject.toml constraints.txt
 $(DEV_STAMP): $(TORCH_STAMP) pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(RUNTIME_STAMP) $@
+
+$(CLIENTS_STAMP): tests/conformance/requirements.txt | $(BIN)/python
+	'$(PYTHON)' -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(TORCH)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
+		--requirement tests/conformance/requirements.txt
+	@touch $@
 
 # On its own and first: where pip is given an index of CPU builds (PIP_EXTRA_INDEX_URL), the version
 # alone finds the CPU build there, and nothing after this asks for another.

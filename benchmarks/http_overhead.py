@@ -47,7 +47,6 @@ async def read(client: httpx.AsyncClient) -> Reading:
         sample.name: sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if not sample.labels
     }
     return Reading(
         time.perf_counter(),
