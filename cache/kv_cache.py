@@ -141,7 +141,8 @@ class KVCache:
                 pool.share(blocks)
                 table.start_with(blocks, match.num_tokens)
             sequence.num_tokens = match.num_tokens
-            sequence.num_published = match.num_tokens // self.block_size
+            sequence.num_published = len(match.keys)
+            sequence.keys = match.keys
         self._live.add(sequence)
         return sequence
 
@@ -173,7 +174,7 @@ class KVCache:
             raise ValueError(f"{len(keys.blocks)} keys for {num_full} full blocks")
         if keys.policies != sequence.policies:
             raise ValueError(f"keys for {keys.policies}, but the tables have {sequence.policies}")
-        sequence.keys = keys
+        sequence.keys = keys.blocks
         if num_full == sequence.num_published:
             return
         if keys.first_unsalted is not None:
@@ -290,13 +291,17 @@ class KVCache:
         self._require_live(sequence)
         self._live.remove(sequence)
         for table, pool in zip(sequence.tables, self.pools, strict=True):
+            reachable = table.policy.reachable_blocks(sequence.num_published, self.block_size)
+            for index in reachable:
+                # Another sequence's block may have had the key, and been evicted meanwhile.
+                block = table.find(index)
+                if block is not None:
+                    pool.publish(block, sequence.keys[index])
             # The last are evicted first: a prefix without its head is worth nothing.
             pool.release(reversed(table.blocks))
-            if sequence.keys is not None:
-                # What goes on from the last full block may need a block that the window has left,
-                # and any of these may be another sequence's, which used it longer ago.
-                reachable = table.policy.reachable_blocks(sequence.num_published, self.block_size)
-                pool.touch(sequence.keys.blocks[index] for index in reversed(reachable))
+            # What goes on from the last full block may need a block that the window has left, and
+            # any of these may be another sequence's, which used it longer ago.
+            pool.touch(sequence.keys[index] for index in reversed(reachable))
 
     def forget_prefixes(self) -> None:
         """Make every block that nobody owns impossible to find."""

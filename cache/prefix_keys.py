@@ -54,10 +54,11 @@ class PrefixKeys:
         """Name the blocks that are full by now.
 
         Args:
-            token_ids: All tokens of the sequence so far; those named before are not read again.
+            token_ids: All tokens of the sequence so far; those named before are not read again, and
+                keep their names if they are missing.
         """
         first, last = len(self.blocks), len(token_ids) // self._block_size
-        if first == last:
+        if last <= first:
             return
         tokens = token_ids[first * self._block_size : last * self._block_size]
         data = np.asarray(tokens, dtype="<i8").tobytes()

@@ -95,9 +95,9 @@ def _leading(pool: BlockPool, keys: Sequence[bytes]) -> int:
 
 def _known(pools: Sequence[BlockPool], keys: Sequence[bytes], at_least: int) -> int:
     """Number of first blocks that were once computed: with any block, all before it were."""
-    for count in range(len(keys), at_least, -1):
-        if any(pool.knew(keys[count - 1]) for pool in pools):
-            return count
+    for pool in pools:
+        longer = range(len(keys), at_least, -1)
+        at_least = next((count for count in longer if pool.knew(keys[count - 1])), at_least)
     return at_least
 
 

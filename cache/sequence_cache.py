@@ -1,8 +1,9 @@
 """One sequence's block tables."""
 
+from collections.abc import Sequence
+
 from headlong.cache.block_table import BlockTable
 from headlong.cache.policy import HeadPolicy
-from headlong.cache.prefix_keys import PrefixKeys
 
 
 class SequenceCache:
@@ -13,7 +14,7 @@ class SequenceCache:
         num_tokens: Tokens that the tables have room for and that are, or are about to be, cached.
         num_published: First blocks that can be found by others, in the tables or elsewhere, unless
             they were evicted.
-        keys: What the blocks were published under; None before the first time.
+        keys: Of these blocks, and perhaps of some that follow.
     """
 
     __slots__ = ("keys", "num_published", "num_tokens", "tables")
@@ -22,7 +23,7 @@ class SequenceCache:
         self.tables = tables
         self.num_tokens = 0
         self.num_published = 0
-        self.keys: PrefixKeys | None = None
+        self.keys: Sequence[bytes] = ()
 
     @property
     def policies(self) -> tuple[HeadPolicy, ...]:

@@ -20,7 +20,6 @@ from headlong.server.engine_link import EngineLink, EngineThread
 from headlong.server.errors import (
     DrainingError,
     EngineDeadError,
-    HeadlongError,
     InvalidRequestError,
 )
 from headlong.server.observer import NoObserver, Observer
@@ -163,14 +162,10 @@ class AsyncEngine:
             DrainingError: The server is shutting down.
             EngineDeadError: The engine died.
         """
-        try:
-            self._require_alive()
-            if self.state == "draining":
-                raise DrainingError("the server is shutting down")
-            return self._gate.enter(count)
-        except HeadlongError as error:
-            self.observer.on_rejected(error.code or error.type)
-            raise
+        self._require_alive()
+        if self.state == "draining":
+            raise DrainingError("the server is shutting down")
+        return self._gate.enter(count)
 
     async def generate(
         self, request: EngineRequest, ticket: Ticket | None = None

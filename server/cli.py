@@ -130,21 +130,20 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Nucleus to sample from.")] = None,
 ) -> None:
     """Generate text for one prompt and print it."""
-    from headlong.demo.paths import MODEL_DIR
-
     text = _read_prompt(prompt)
     sources = Sources({**given, "model": model})
     with sources.named():
-        settings = sources.read(EngineSettings)
-        engine_config = settings.to_engine_config(default_model=str(MODEL_DIR))
+        engine_config = sources.read(EngineSettings).to_engine_config(default_model=model)
 
-    from headlong.server.async_engine import AsyncEngine
-    from headlong.server.engine.engine import Engine
-    from headlong.server.one_off import generate_text
+        from headlong.server.async_engine import AsyncEngine
+        from headlong.server.engine.engine import Engine
+        from headlong.server.one_off import generate_text
+
+        engine = AsyncEngine(Engine(engine_config))
 
     async def run() -> None:
         pieces = generate_text(
-            AsyncEngine(Engine(engine_config)),
+            engine,
             text,
             chat=chat,
             max_tokens=max_tokens,

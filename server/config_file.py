@@ -9,7 +9,6 @@ import yaml
 
 from headlong.server.errors import ConfigError
 
-
 _NULL = "tag:yaml.org,2002:null"
 
 

@@ -15,8 +15,11 @@ from headlong.server.errors import AuthenticationError, HeadlongError
 from headlong.server.schemas_common import ErrorBody, ErrorResponse
 
 CLIENT_CLOSED_REQUEST = 499
-CHALLENGES = 'Bearer realm="headlong", Basic realm="headlong", charset="UTF-8"'
-"""How to send an API key; with the second one, browsers ask their user for it."""
+CHALLENGES = ('Bearer realm="headlong"', 'Basic realm="headlong", charset="UTF-8"')
+"""How to send an API key; with the second one, browsers ask their user for it.
+
+Each is a header of its own: Chromium reads no more than one challenge of a header.
+"""
 
 MAX_LISTED_ERRORS = 10
 MAX_MESSAGE_CHARS = 2000
@@ -77,15 +80,17 @@ def error_response(error: Exception) -> Response:
         status = error.status
         if error.retry_after_s is not None:
             headers["Retry-After"] = str(error.retry_after_s)
-        if isinstance(error, AuthenticationError):
-            headers["WWW-Authenticate"] = CHALLENGES
     elif isinstance(error, HTTPException):
         status = error.status_code
         headers = dict(error.headers or {})
     elif isinstance(error, RequestValidationError):
         status = 400
     content = error_body(error).model_dump_json()
-    return Response(content, status, headers, media_type="application/json")
+    response = Response(content, status, headers, media_type="application/json")
+    if isinstance(error, AuthenticationError):
+        for challenge in CHALLENGES:
+            response.headers.append("WWW-Authenticate", challenge)
+    return response
 
 
 def error_body(error: Exception) -> ErrorResponse:

@@ -47,8 +47,3 @@ class JoinedObserver:
         """Passes it on."""
         for each in self._observers:
             each.on_finished(reason, num_prompt_tokens, num_completion_tokens, e2e_s, tpot_s)
-
-    def on_rejected(self, reason: str) -> None:
-        """Passes it on."""
-        for each in self._observers:
-            each.on_rejected(reason)

@@ -87,8 +87,11 @@ def log_config(config: ServerConfig) -> dict[str, Any]:
         # Of other libraries only what matters is shown, and of uvicorn only what we do not say.
         "root": {"handlers": ["default"], "level": "WARNING"},
         "loggers": {
-            "headlong": {"level": level},
-            "uvicorn": {"level": level if config.log_level != "info" else "WARNING"},
+            "headlong": {"level": level, "propagate": True},
+            "uvicorn": {
+                "level": level if config.log_level != "info" else "WARNING",
+                "propagate": True,
+            },
         },
     }
 

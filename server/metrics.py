@@ -4,11 +4,12 @@ Names are vLLM's, after ``headlong:``, so that dashboards carry over. What the e
 is read when it is asked for, see `engine_metrics`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.exposition import choose_encoder, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from headlong.server.engine.status import EngineStats
 from headlong.server.engine_metrics import MODEL_LABEL, PREFIX, EngineCollector
@@ -17,7 +18,7 @@ from headlong.server.observer import FinishedAs
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine
 
-_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+_OPEN_METRICS = "application/openmetrics-text"
 
 # Seconds. A step of a small model takes milliseconds, a long prompt on a CPU takes minutes.
 _TOKEN_TIMES = (
@@ -40,6 +41,7 @@ class Metrics:
     def __init__(self, engine: "AsyncEngine", model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
+        self._steps_total = 0
         self._registry.register(EngineCollector(engine, model_name))
         ProcessCollector(registry=self._registry)
         tokens = _token_buckets(engine.max_model_len)
@@ -104,12 +106,13 @@ class Metrics:
         Returns:
             The text, and its content type: OpenMetrics for who asks for it, else Prometheus'.
         """
-        try:
-            encode, content_type = choose_encoder(accept)
-            return encode(self._registry), content_type
-        except ValueError:
-            # A version that is none.
-            return generate_latest(self._registry), _PLAIN
+        kinds = {part.partition(";")[0].strip() for part in accept.split(",")}
+        if _OPEN_METRICS in kinds:
+            encode: Callable[[CollectorRegistry, str], bytes] = openmetrics.generate_latest
+            # With any other escaping the library replaces the colon, which needs none.
+            text = encode(self._registry, openmetrics.ALLOWUTF8)
+            return text, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def count_rejection(self, reason: str) -> None:
         """Counts a request that was turned away.
@@ -120,7 +123,10 @@ class Metrics:
         self._rejected.labels(self._model_name, reason).inc()
 
     def on_step(self, stats: EngineStats) -> None:
-        """Counts the tokens of a step."""
+        """Counts the tokens of a step; a report may also come without a new one."""
+        if stats.steps_total == self._steps_total:
+            return
+        self._steps_total = stats.steps_total
         self._step_tokens.observe(stats.step_prefill_tokens + stats.step_decode_tokens)
 
     def on_started(self, queued_s: float) -> None:
@@ -151,9 +157,6 @@ class Metrics:
         self._e2e.observe(e2e_s)
         if tpot_s is not None:
             self._tpot.observe(tpot_s)
-
-    def on_rejected(self, reason: str) -> None:
-        """Does nothing: rejections are counted where they are answered, the engine's among them."""
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(

@@ -54,14 +54,6 @@ class Observer(Protocol):
             tpot_s: Mean time between its tokens; None with fewer than two.
         """
 
-    def on_rejected(self, reason: str) -> None:
-        """A request was turned away.
-
-        Args:
-            reason: The error's code, or its type if it has none: "queue_full", "draining",
-                "engine_dead", "context_length_exceeded", "invalid_request_error".
-        """
-
 
 class NoObserver:
     """Does nothing."""
@@ -86,7 +78,4 @@ class NoObserver:
         e2e_s: float,
         tpot_s: float | None,
     ) -> None:
-        """Does nothing."""
-
-    def on_rejected(self, reason: str) -> None:
         """Does nothing."""

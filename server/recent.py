@@ -124,9 +124,6 @@ class RecentFigures:
     ) -> None:
         """Does nothing: its tokens were noted as they came."""
 
-    def on_rejected(self, reason: str) -> None:
-        """Does nothing: it had no tokens."""
-
 
 def percentile(ascending: Sequence[float], percent: int) -> float | None:
     """Returns the smallest value that `percent` of all are not above (nearest rank).

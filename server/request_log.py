@@ -9,7 +9,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headlong.server.http_errors import CLIENT_CLOSED_REQUEST, error_response, shorten
+from headlong.server.http_errors import CLIENT_CLOSED_REQUEST, error_response, note_error, shorten
 from headlong.server.logs import REQUEST_ID
 
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -17,7 +17,7 @@ MAX_PATH_CHARS = 200
 MAX_BODY_CHARS = 2000
 
 # Whoever asks these asks every few seconds.
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/status"})
 _CLIENTS_OWN = re.compile("[!-~]{1,128}")
 
 _access = logging.getLogger("headlong.access")
@@ -69,6 +69,7 @@ class RequestLogMiddleware:
             await self._app(scope, receive, send_named)
         except Exception as error:
             if status is None:
+                note_error(scope, error)
                 await error_response(error)(scope, receive, send_named)
             raise
         finally:

@@ -82,7 +82,6 @@ class RequestStream:
         """End it, for the engine never took it."""
         self._error = error
         self._news.set()
-        self._observer.on_rejected(error.code or error.type)
 
     def fail(self, error: HeadlongError) -> None:
         """End it with an error, after what already waits."""
@@ -107,7 +106,8 @@ class RequestStream:
     def _observe(self, output: RequestOutput, now: float) -> None:
         arrived = self._request.arrived
         if self._started is None:
-            self._started = now
+            # It hears of a short prompt's start and of its first token in one report.
+            self._started = min(now, arrived + (output.queued_s or 0.0))
             self._leave_queue()
             # One that was given up in the queue never started.
             if output.queued_s is not None:

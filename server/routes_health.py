@@ -19,7 +19,7 @@ def health_router(serving: Serving) -> APIRouter:
             raise EngineDeadError("the engine is not running")
         return Health(status="ok")
 
-    @router.get("/ready", responses=error_docs(503))
+    @router.get("/ready", responses=error_docs(401, 503))
     async def ready() -> Readiness:
         """Says whether new requests are taken."""
         if serving.engine.state == "draining":

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from headlong.demo.paths import MODEL_DIR
 from support.tiny_models import save_tiny_model
 
 # Tests are many and small: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# No example fails because the machine is busy.
+settings.register_profile("headlong", deadline=None)
+settings.load_profile("headlong")
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ export class HeadMap {
       else this.point(Number(target.dataset.layer), Number(target.dataset.head));
     });
     svg.addEventListener("pointerleave", () => this.hide());
+    svg.addEventListener("focus", () => (this.place = null));
     svg.addEventListener("blur", () => this.hide());
     svg.addEventListener("keydown", (event) => this.move(event));
     this.hide();

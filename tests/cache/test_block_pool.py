@@ -1,6 +1,6 @@
 import pytest
 
-from headlong.cache.block_pool import BlockPool, OutOfBlocksError
+from headlong.cache.block_pool import REMEMBERED, BlockPool, OutOfBlocksError
 
 
 def test_a_pool_without_blocks_is_refused() -> None:
@@ -70,3 +70,143 @@ def test_a_released_block_is_used_again_last() -> None:
     first = pool.allocate(1)
     pool.release(first)
     assert pool.allocate(3)[-1:] == first
+
+
+def keyed(pool: BlockPool, *keys: bytes) -> list[int]:
+    """Blocks that were published under the keys and given back, the first of them first."""
+    blocks = pool.allocate(len(keys))
+    for block, key in zip(blocks, keys, strict=True):
+        pool.publish(block, key)
+    pool.release(blocks)
+    return blocks
+
+
+def test_a_released_block_with_a_key_stays_and_can_be_shared() -> None:
+    pool = BlockPool(3)
+    (block,) = keyed(pool, b"a")
+    assert (pool.num_free, pool.num_cached, pool.num_owned) == (3, 1, 0)
+    assert pool.find(b"a") == block
+    assert not pool.is_owned(block)
+    pool.share([block])
+    assert (pool.num_free, pool.num_cached, pool.num_owned) == (2, 0, 1)
+    assert pool.is_owned(block)
+    assert pool.holds(block, b"a")
+    pool.check_integrity([block])
+
+
+def test_free_blocks_are_taken_before_cached_ones() -> None:
+    pool = BlockPool(3)
+    (block,) = keyed(pool, b"a")
+    taken = pool.allocate(2)
+    assert block not in taken
+    assert pool.find(b"a") == block
+    assert pool.allocate(1) == [block]
+    assert pool.find(b"a") is None
+    assert not pool.holds(block, b"a")
+    pool.check_integrity([block, *taken])
+
+
+def test_the_least_recently_used_block_is_evicted_first() -> None:
+    pool = BlockPool(3)
+    first, second, third = keyed(pool, b"a", b"b", b"c")
+    pool.share([first])
+    pool.release([first])
+    pool.touch([b"b", b"nowhere"])
+    assert pool.allocate(3) == [third, first, second]
+
+
+def test_an_evicted_key_is_remembered_until_it_is_found_again() -> None:
+    pool = BlockPool(1)
+    keyed(pool, b"a")
+    assert pool.knew(b"a")
+    held = pool.allocate(1)
+    assert pool.find(b"a") is None
+    assert pool.knew(b"a")
+    assert not pool.knew(b"b")
+    pool.publish(held[0], b"a")
+    pool.check_integrity(held)
+
+
+def test_the_memory_of_evicted_keys_is_bounded() -> None:
+    pool = BlockPool(2)
+    for number in range(100):
+        keyed(pool, bytes([number]))
+    known = [number for number in range(100) if pool.knew(bytes([number]))]
+    assert known == list(range(100 - 2 - REMEMBERED * 2, 100))
+
+
+def test_an_owned_block_is_never_evicted() -> None:
+    pool = BlockPool(2)
+    blocks = keyed(pool, b"a", b"b")
+    pool.share(blocks[:1])
+    assert pool.allocate(1) == blocks[1:]
+    with pytest.raises(OutOfBlocksError):
+        pool.allocate(1)
+    assert pool.find(b"a") == blocks[0]
+
+
+def test_a_key_stays_with_the_block_that_had_it_first() -> None:
+    pool = BlockPool(3)
+    first, second = pool.allocate(2)
+    pool.publish(first, b"a")
+    pool.publish(second, b"a")
+    assert pool.find(b"a") == first
+    pool.release([first, second])
+    # The second has no key, so it is free at once.
+    assert (pool.num_cached, pool.num_free) == (1, 3)
+    pool.check_integrity([])
+
+
+def test_a_block_keeps_its_first_key() -> None:
+    pool = BlockPool(1)
+    (block,) = pool.allocate(1)
+    pool.publish(block, b"a")
+    pool.publish(block, b"b")
+    assert pool.find(b"a") == block
+    assert pool.find(b"b") is None
+    pool.check_integrity([block])
+
+
+def test_only_an_owned_block_can_be_published() -> None:
+    pool = BlockPool(2)
+    (block,) = keyed(pool, b"a")
+    with pytest.raises(ValueError, match=f"block {block} has no owner"):
+        pool.publish(block, b"b")
+    pool.check_integrity([])
+
+
+def test_a_cached_block_cannot_be_released_again() -> None:
+    pool = BlockPool(1)
+    (block,) = keyed(pool, b"a")
+    with pytest.raises(ValueError, match=f"block {block} is free or cached"):
+        pool.release([block])
+
+
+def test_what_is_forgotten_is_free() -> None:
+    pool = BlockPool(3)
+    keyed(pool, b"a", b"b")
+    (held,) = pool.allocate(1)
+    pool.publish(held, b"c")
+    pool.forget()
+    assert (pool.num_cached, pool.num_free) == (0, 2)
+    assert pool.find(b"a") is None
+    assert pool.find(b"c") == held
+    pool.check_integrity([held])
+
+
+@pytest.mark.parametrize("damage", ["_keys", "_found", "_cached", "_free", "_evicted"])
+def test_integrity_fails_if_a_cached_block_is_not_what_it_should_be(damage: str) -> None:
+    pool = BlockPool(2)
+    (block,) = keyed(pool, b"a")
+    if damage == "_keys":
+        pool._keys[block] = None
+    elif damage == "_found":
+        pool._found[b"b"] = block
+    elif damage == "_cached":
+        del pool._cached[block]
+    elif damage == "_free":
+        pool._free.append(block)
+    else:
+        pool._evicted[b"a"] = None
+    with pytest.raises(AssertionError):
+        pool.check_integrity([])

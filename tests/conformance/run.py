@@ -26,7 +26,7 @@ MAX_EXAMPLES = 60
 UNCHECKED = "positive_data_acceptance"
 
 
-class Failure(Exception):
+class FaultFoundError(Exception):
     """A client found fault with the server."""
 
 
@@ -34,11 +34,16 @@ def call(command: list[str], log: Path, timeout_s: int) -> str:
     """Runs a client; its output, or what is wrong with it."""
     with log.open("w") as output:
         done = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s, check=False
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+            cwd=log.parent,
         )
     text = log.read_text(errors="replace")
     if done.returncode:
-        raise Failure(f"exit code {done.returncode}, see {log}\n{text[-3000:]}")
+        raise FaultFoundError(f"exit code {done.returncode}, see {log}\n{text[-3000:]}")
     return text
 
 
@@ -59,7 +64,7 @@ def guidellm(url: str, clients: Path, folder: Path) -> str:
     call(command, folder / "guidellm.log", 300)
     totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
     if totals["errored"] or totals["successful"] < 40:
-        raise Failure(f"request totals: {totals}")
+        raise FaultFoundError(f"request totals: {totals}")
     return f"guidellm: {totals['successful']} requests, none failed"
 
 
@@ -73,7 +78,7 @@ def schemathesis(url: str, clients: Path, folder: Path) -> str:
     found = re.search(r"(\d+) generated", text)
     operations = re.search(r"Tested: (\d+)", text)
     if found is None or operations is None or int(found[1]) < MIN_CASES:
-        raise Failure(f"fewer than {MIN_CASES} cases\n{text[-2000:]}")
+        raise FaultFoundError(f"fewer than {MIN_CASES} cases\n{text[-2000:]}")
     return f"schemathesis: {found[1]} cases over {operations[1]} operations, no failure"
 
 
@@ -100,7 +105,7 @@ def main() -> None:
         for name in options.only:
             try:
                 print(CLIENTS[name](url, options.clients.resolve(), folder), flush=True)
-            except (Failure, subprocess.TimeoutExpired) as error:
+            except (FaultFoundError, subprocess.TimeoutExpired) as error:
                 failed.append(name)
                 print(f"{name}: FAILED: {error}", flush=True)
     print(f"{len(options.only) - len(failed)} passed, {len(failed)} failed")

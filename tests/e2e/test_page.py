@@ -1,6 +1,7 @@
 """The page at /, in a browser, over the real server and the embedded model."""
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def demo_engine() -> Engine:
         MODEL_DIR,
         profile=str(MODEL_DIR / "profile.json"),
         kv_cache_memory_bytes=64 << 20,
-        max_model_len=4096,
+        max_model_len=8192,
         max_num_batched_tokens=512,
     )
 
@@ -48,9 +49,11 @@ def serving(engine: Engine, config: ServerConfig) -> Iterator[str]:
     with bind("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +113,30 @@ def endless(page: Page) -> None:
     def change(route: Route) -> None:
         body = route.request.post_data_json
         assert body is not None
-        route.continue_(post_data=json.dumps(body | {"ignore_eos": True, "max_tokens": 3500}))
+        route.continue_(post_data=json.dumps(body | {"ignore_eos": True, "max_tokens": 4000}))
 
     page.route(CHAT, change)
 
 
-def wait_until(page: Page, expression: str) -> None:
-    page.wait_for_function(expression, timeout=PATIENCE_MS)
+def num_tokens(page: Page) -> int:
+    """Tokens of the last answer, as its figures tell."""
+    figures = page.locator(".figures-line").last
+    expect(figures).to_contain_text("Answer", timeout=PATIENCE_MS)
+    found = re.search(r"Answer ([\d,]+)", figures.inner_text())
+    assert found is not None
+    return int(found[1].replace(",", ""))
 
 
 def wait_at_rest(page: Page, engine: Engine) -> None:
     """The engine has forgotten the request, and the page shows it."""
-    expect(page.locator("#running")).to_have_text("0", timeout=PATIENCE_MS)
+    rest = threading.Event()
+    for _ in range(200):
+        if not engine.has_work and not any(engine.cache.owned_blocks):
+            break
+        rest.wait(0.1)
     assert not engine.has_work
     assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+    expect(page.locator("#running")).to_have_text("0", timeout=PATIENCE_MS)
 
 
 def test_the_page_shows_the_model_its_heads_and_its_cache(open_page: OpenPage, url: str) -> None:
@@ -212,21 +225,21 @@ def test_the_answer_grows_and_the_live_view_moves(open_page: OpenPage, engine: E
     page.click("#example")
     assert "What is the access code" in page.input_value("#prompt")
     page.press("#prompt", "Enter")
-    count = "Number(/Answer ([\\d,]+)/.exec(document.querySelector('.figures-line').innerText)"
-    count += "?.[1].replace(',', '') ?? 0)"
-    wait_until(page, f"{count} > 3")
-    seen = page.evaluate(count)
-    wait_until(page, f"{count} > {seen}")
+    seen = num_tokens(page)
+    figures = page.locator(".figures-line")
+    expect(figures).not_to_contain_text(f"Answer {seen:,} tokens", timeout=PATIENCE_MS)
+    assert num_tokens(page) > seen
     expect(page.locator("#send")).to_have_text("Stop")
     expect(page.locator("#running")).to_have_text("1", timeout=PATIENCE_MS)
     expect(page.locator("#kv-saved")).to_contain_text("MiB")
-    wait_until(page, "parseFloat(document.getElementById('generation-rate').textContent) > 0")
-    wait_until(page, "document.querySelector('#generation-spark .spark-line').getAttribute('d')")
-    owned = "document.querySelector('#bars .owned').getBoundingClientRect().width"
-    wait_until(page, f"{owned} > 0")
+    expect(page.locator("#generation-rate")).to_have_text(re.compile(r"[1-9].* tok/s"))
+    line = page.locator("#generation-spark .spark-line")
+    expect(line).to_have_attribute("d", re.compile(r"^M.+L"), timeout=PATIENCE_MS)
+    amount = page.locator("#bars .amount").first
+    expect(amount).to_have_text(re.compile(r"^[1-9]\d* owned"))
     page.keyboard.press("Escape")
     wait_at_rest(page, engine)
-    wait_until(page, f"{owned} === 0")
+    expect(amount).to_have_text(re.compile(r"^0 owned"))
     # A long question is folded.
     page.click("text=/Show all/")
     expect(page.locator(".message.user .text")).not_to_have_class("text folded")
@@ -305,7 +318,7 @@ def test_a_server_that_drains_or_is_gone_is_seen(open_page: OpenPage) -> None:
     page.route(STATUS, lambda route: route.abort())
     expect(state).to_have_text("unreachable")
     expect(notice).to_contain_text("cannot be reached")
-    expect(page.locator("#running")).to_have_text("–")
+    expect(page.locator("#running")).to_have_text("\u2013")
     page.unroute(STATUS)
     expect(state).to_have_text("ready")
     expect(notice).to_be_hidden()

@@ -72,6 +72,7 @@ def test_a_chat_template_that_cannot_be_read(engine, tmp_path):
 STATUSES = {
     ("/v1/completions", "post"): {400, 401, 404, 413, 415, 429, 500, 503, 504},
     ("/v1/chat/completions", "post"): {400, 401, 404, 413, 415, 429, 500, 503, 504},
+    ("/v1/responses", "post"): {400, 401, 404, 413, 415, 429, 500, 503, 504},
     ("/tokenize", "post"): {400, 401, 404, 413, 415, 500},
     ("/detokenize", "post"): {400, 401, 404, 413, 415, 500},
     ("/tokenizer_info", "get"): {401, 500},

@@ -49,7 +49,7 @@ PATHS = [
     "//health",
     "/health/..",
     "/Health",
-    "/v1/../health",
+    "/v1/%2e%2e/health",
     "/health%00",
     "/%68ealth%2f",
     "/health;x",
@@ -154,7 +154,7 @@ def test_a_tenant_is_never_the_clients_choice(locked, engine):
 
 
 def serve_one(scope):
-    """Runs one connection; gives what was sent and whether the application or the body was asked."""
+    """Runs one connection; gives what was sent, and who was asked: the application, the body."""
     sent, asked = [], []
 
     async def app(scope, receive, send):

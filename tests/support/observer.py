@@ -12,7 +12,6 @@ class Recorder:
         steps: Of each report, `steps_total`.
         started: Queue times.
         finished: Reason, prompt tokens and completion tokens of each completion.
-        rejected: Reasons.
     """
 
     def __init__(self) -> None:
@@ -20,7 +19,6 @@ class Recorder:
         self.steps: list[int] = []
         self.started: list[float] = []
         self.finished: list[tuple[FinishedAs, int, int]] = []
-        self.rejected: list[str] = []
 
     def on_step(self, stats: EngineStats) -> None:
         self.steps.append(stats.steps_total)
@@ -49,7 +47,3 @@ class Recorder:
         assert (tpot_s is None) == (num_completion_tokens < 2)
         self.names.append("finished")
         self.finished.append((reason, num_prompt_tokens, num_completion_tokens))
-
-    def on_rejected(self, reason: str) -> None:
-        self.names.append("rejected")
-        self.rejected.append(reason)
