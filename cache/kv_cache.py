@@ -297,10 +297,10 @@ class KVCache:
                 block = table.find(index)
                 if block is not None:
                     pool.publish(block, sequence.keys[index])
-            # The last are evicted first: a prefix without its head is worth nothing.
-            pool.release(reversed(table.blocks))
-            # What goes on from the last full block may need a block that the window has left, and
-            # any of these may be another sequence's, which used it longer ago.
+            pool.release(table.blocks)
+            # The last are evicted first: a prefix without its head is worth nothing. What goes on
+            # from the last full block may need a block that the window has left, and any of these
+            # may be another sequence's, which used it longer ago.
             pool.touch(sequence.keys[index] for index in reversed(reachable))
 
     def forget_prefixes(self) -> None:
@@ -329,10 +329,24 @@ class KVCache:
             pool.num_owned * self.layout.block_bytes(group) for group, pool in enumerate(self.pools)
         )
 
-    def sequence_bytes(self, sequence: SequenceCache) -> int:
-        """Bytes of the blocks that a sequence holds, shared ones included."""
+    def full_tokens(self, num_tokens: int) -> int:
+        """How many of so many tokens fill blocks."""
+        return num_tokens // self.block_size * self.block_size
+
+    def sequence_bytes(self, sequence: SequenceCache, since: int = 0) -> int:
+        """Bytes of the blocks that a sequence holds, shared ones included.
+
+        Args:
+            sequence: Whose.
+            since: Without the blocks of so many first tokens that it never gives back.
+        """
+        first = since // self.block_size
         return sum(
-            len(table.blocks) * self.layout.block_bytes(group)
+            (
+                len(table.blocks)
+                - (first if table.policy.keeps_all else min(first, table.num_sink_blocks))
+            )
+            * self.layout.block_bytes(group)
             for group, table in enumerate(sequence.tables)
         )
 

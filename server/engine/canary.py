@@ -17,12 +17,16 @@ import torch
 from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
+from headlong.cache.reservation import Reservation
 from headlong.kernels.backend import AttentionBackend
 from headlong.server.engine.device import free_memory, is_out_of_memory
 from headlong.server.engine.model import LoadedModel
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import CanaryStats
 from headlong.server.engine.token_scores import PagedForward
+
+MAX_STARTS = 4
+"""A request that had to make way so often is given up, so that it does not keep others waiting."""
 
 MAX_PENDING = 16
 """Requests that may wait to be scored; a busy server chooses among all that finish meanwhile."""
@@ -74,6 +78,7 @@ class Canary:
         self._random = random.Random(seed)
         self._pending: deque[_Finished] = deque()
         self._work: Generator[None, None, _Sums] | None = None
+        self._num_starts = 0
         self._skipped: Counter[str] = Counter()
         self.stats = CanaryStats()
 
@@ -100,8 +105,9 @@ class Canary:
         """
         if not self._pending:
             return False
-        if self._work is None:
-            self._work = self._score(self._pending[0])
+        if self._work is None and not self._start():
+            return True
+        assert self._work is not None
         try:
             next(self._work)
         except StopIteration as done:
@@ -126,6 +132,22 @@ class Canary:
             self._work.close()
             self._work = None
 
+    def _start(self) -> bool:
+        """Begin with the first that waits, or drop it."""
+        finished = self._pending[0]
+        if self._num_starts == MAX_STARTS:
+            self._drop("interrupted")
+            return False
+        length = len(finished.token_ids)
+        served = Reservation(finished.policies, length)
+        # Found out beforehand: what is tried evicts what others may still come back to.
+        if not self._cache.has_room(served, [Reservation(self._full, length)]):
+            self._drop("no_room")
+            return False
+        self._num_starts += 1
+        self._work = self._score(finished)
+        return True
+
     def _score(self, finished: _Finished) -> Generator[None, None, _Sums]:
         # The logits at a token are about the next one; the last token has none.
         tokens = finished.token_ids[:-1]
@@ -145,6 +167,7 @@ class Canary:
     def _note(self, sums: _Sums) -> None:
         self._pending.popleft()
         self._work = None
+        self._num_starts = 0
         before = self.stats
         self.stats = replace(
             before,
@@ -157,6 +180,7 @@ class Canary:
     def _drop(self, reason: str) -> None:
         self.make_way()
         self._pending.popleft()
+        self._num_starts = 0
         self._skip(reason)
 
     def _skip(self, reason: str) -> None:

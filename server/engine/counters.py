@@ -55,15 +55,24 @@ class Counters:
         finally:
             self.model_s_total += time.perf_counter() - start
 
-    def stats(self, scheduler: Scheduler, plan: MemoryPlan, canary: CanaryStats) -> EngineStats:
-        """The engine's state now."""
+    def stats(
+        self, scheduler: Scheduler, plan: MemoryPlan, canary: CanaryStats, num_preparing: int
+    ) -> EngineStats:
+        """The engine's state now.
+
+        Args:
+            scheduler: Who runs and who waits.
+            plan: What a full cache would take.
+            canary: Its figures.
+            num_preparing: Completions that the scheduler does not know yet.
+        """
         cache = scheduler.cache
         lengths = [each.cache.num_tokens for each in scheduler.running if each.cache is not None]
         parked = sum(each.num_slots - 1 for each in (*scheduler.running, *scheduler.waiting))
         return EngineStats(
             steps_total=self.steps,
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + parked,
+            num_waiting=len(scheduler.waiting) + parked + num_preparing,
             owned_blocks=cache.owned_blocks,
             cached_blocks=cache.cached_blocks,
             kv_bytes_owned=cache.owned_bytes,

@@ -9,6 +9,8 @@ from headlong.kernels.backend import choose_backend
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.errors import ConfigError
 
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def choose_device(config: EngineConfig) -> torch.device:
     """Settle the device, and refuse what was asked for and means nothing there.
@@ -75,8 +77,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that a tensor found no memory, on whichever device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # PyTorch's allocator on a CPU raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # PyTorch's allocator on a CPU, cuBLAS and pinned memory raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def free_memory(device: torch.device) -> None:

@@ -31,7 +31,7 @@ from headlong.server.engine.head_plan import plan_heads, prefix_namespace
 from headlong.server.engine.memory import arena_param, plan_arena
 from headlong.server.engine.model import LoadedModel, load_model
 from headlong.server.engine.outputs import RequestOutput
-from headlong.server.engine.packed_forward import PackedForward, StepLogits
+from headlong.server.engine.packed_forward import PackedForward
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.request_plan import RequestPlanner
 from headlong.server.engine.requests import Requests
@@ -146,7 +146,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """How it does now."""
-        return self._counters.stats(self.scheduler, self.plan, self._canary.stats)
+        return self._counters.stats(
+            self.scheduler, self.plan, self._canary.stats, self._requests.num_preparing
+        )
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -197,60 +199,61 @@ class Engine:
             return outputs
         self._counters.note_chunks(chunks)
         outputs += [self._started(sequence) for sequence in self.scheduler.take_started()]
-        parts = self._compute(chunks)
-        computed = {id(chunk) for part, _ in parts for chunk in part}
-        for chunk in chunks:
-            if id(chunk) not in computed and chunk.sequence.cache is not None:
-                request_id = chunk.sequence.request_id
-                logger.error("request %s was aborted: out of memory in its step", request_id)
-                outputs += self._fail(request_id, "there was no memory for a step of this request")
-        for part, logits in parts:
-            outputs += self._advance(part, logits)
-        return outputs
+        return outputs + self._run(chunks)
 
-    def _compute(
-        self, chunks: list[ScheduledChunk]
-    ) -> list[tuple[list[ScheduledChunk], StepLogits]]:
-        """Run the model over all chunks at once, or in parts if there is no memory for that.
+    def _run(self, chunks: list[ScheduledChunk]) -> list[RequestOutput]:
+        """Run the model over all chunks at once, or half by half if there is no memory for that.
 
-        Returns:
-            The parts that were computed; a chunk that is in none does not fit even alone.
+        A part gets its tokens before the next one is computed. A chunk for which there is no memory
+        even alone fails its request.
         """
+        # A request that failed in another part of the step has lost its blocks.
+        chunks = [chunk for chunk in chunks if chunk.sequence.cache is not None]
+        if not chunks:
+            return []
         try:
             if self.before_forward is not None:
                 self.before_forward([chunk.sequence.request_id for chunk in chunks])
             with self._counters.in_model():
-                return [(chunks, self._forward.run(chunks))]
+                logits = self._forward.run(chunks)
+                scores = [
+                    (rows.sequence, self._reporter.score_prompt(rows, each))
+                    for rows, each in logits.prompts
+                ]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+        else:
+            for sequence, positions in scores:
+                sequence.prompt_logprobs += positions
+            return self._advance(chunks, logits.next)
         free_memory(self.model.device)
-        if len(chunks) == 1:
-            return []
-        half = len(chunks) // 2
-        return self._compute(chunks[:half]) + self._compute(chunks[half:])
+        if len(chunks) > 1:
+            half = len(chunks) // 2
+            return self._run(chunks[:half]) + self._run(chunks[half:])
+        request_id = chunks[0].sequence.request_id
+        logger.error("request %s was aborted: out of memory in its step", request_id)
+        return self._fail(request_id, "there was no memory for a step of this request")
 
-    def _advance(self, chunks: list[ScheduledChunk], logits: StepLogits) -> list[RequestOutput]:
-        """Make tokens of what was computed."""
-        # A request that failed in another part of the step has lost its cache.
-        alive = [chunk for chunk in chunks if chunk.sequence.cache is not None]
+    def _advance(self, chunks: list[ScheduledChunk], logits: torch.Tensor) -> list[RequestOutput]:
+        """Make tokens of what was computed.
+
+        Args:
+            chunks: What was computed.
+            logits: float32 [num_complete, vocab_size], a row for each chunk that completes.
+        """
         complete = [chunk.sequence for chunk in chunks if chunk.completes]
-        self.scheduler.advance(alive)
-        for prompt, scores in logits.prompts:
-            self._reporter.score_prompt(prompt, scores)
+        self.scheduler.advance(chunks)
         rows: list[int] = []
         sequences: list[Sequence] = []
         for row, sequence in enumerate(complete):
-            if sequence.cache is None:
-                continue
             copies, forked = self.scheduler.fork(sequence)
             self.arena.copy_blocks(copies)
             sequences += (sequence, *forked)
             rows += [row] * (1 + len(forked))
         if not sequences:
             return []
-        wanted = logits.next if rows == list(range(len(complete))) else logits.next[rows]
-        return self._sample(wanted, sequences)
+        return self._sample(logits if len(rows) == len(complete) else logits[rows], sequences)
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
         try:
@@ -328,7 +331,8 @@ class Engine:
             output,
             cache_misses=dict(sequence.cache_misses),
             kv_bytes_peak=sequence.kv_bytes_peak,
-            kv_bytes_full=self.plan.full_sequence_bytes(len(sequence.token_ids)),
+            kv_bytes_full=self.plan.full_sequence_bytes(len(sequence.token_ids))
+            - self.plan.full_sequence_bytes(sequence.num_shared_tokens),
         )
 
     def _warm_up(self) -> None:

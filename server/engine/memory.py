@@ -10,6 +10,7 @@ from headlong.kernels.layout import ArenaLayout
 from headlong.server.engine.attention import AttentionProbe
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.scheduler import SCORED_TOKENS
 from headlong.server.errors import ConfigError
 
 CPU_DEFAULT_BYTES = 1 << 30
@@ -20,6 +21,9 @@ GPU_DEFAULT_UTILIZATION = 0.9
 
 SAMPLING_COPIES = 16
 """Copies of a step's float32 logits that sampling and captured graphs have at once."""
+
+SCORING_COPIES = 3
+"""Copies of the logits of scored prompts: their log probabilities, and what makes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,8 @@ def _measure(config: EngineConfig, model: LoadedModel) -> DeviceMemory:
     before = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        run_without_cache(model, config.max_num_batched_tokens, config.max_num_seqs)
+        num_rows = min(config.max_num_batched_tokens, config.max_num_seqs + SCORED_TOKENS)
+        run_without_cache(model, config.max_num_batched_tokens, num_rows)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"a step of {config.max_num_batched_tokens} tokens does not fit the memory of {device} "
@@ -144,11 +149,12 @@ def _measure(config: EngineConfig, model: LoadedModel) -> DeviceMemory:
     activation_bytes = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    num_copied_rows = SAMPLING_COPIES * config.max_num_seqs + SCORING_COPIES * SCORED_TOKENS
     return DeviceMemory(
         total_bytes=total_bytes,
         used_bytes=total_bytes - free_bytes,
         activation_bytes=activation_bytes,
-        sampling_bytes=SAMPLING_COPIES * config.max_num_seqs * model.vocab_size * 4,
+        sampling_bytes=num_copied_rows * model.vocab_size * 4,
     )
 
 

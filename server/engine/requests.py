@@ -1,6 +1,5 @@
 """The requests that an engine knows: those that wait, those that run, those being prepared."""
 
-import heapq
 import logging
 import time
 from collections.abc import Iterator
@@ -51,12 +50,17 @@ class Requests:
         self._seed = seed
         self._num_requests = 0
         self._live: dict[str, list[Sequence]] = {}
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines: dict[str, float] = {}
         self._compiler: StructureCompiler | None = None
         self._compiling: dict[str, Future[CompiledStructure]] = {}
 
     def __len__(self) -> int:
         return len(self._live)
+
+    @property
+    def num_preparing(self) -> int:
+        """Completions whose structure is being compiled."""
+        return sum(len(self._live[each]) for each in self._compiling)
 
     def add(self, request: EngineRequest) -> None:
         """Take a request in.
@@ -67,6 +71,8 @@ class Requests:
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
         plan = self._planner.plan(request)
+        structure = request.params.structure
+        compiling = None if structure is None else self._compile(structure)
         seed = request.params.seed
         if seed is None:
             seed = (self._seed + self._num_requests) % 2**63
@@ -86,12 +92,11 @@ class Requests:
         sequences[0].park(sequences[1:])
         self._live[request.request_id] = sequences
         if request.timeout_s is not None:
-            deadline = request.arrived + request.timeout_s
-            heapq.heappush(self._deadlines, (deadline, request.request_id))
-        if request.params.structure is None:
+            self._deadlines[request.request_id] = request.arrived + request.timeout_s
+        if compiling is None:
             self._scheduler.add(sequences[0])
         else:
-            self._compiling[request.request_id] = self._compile(request.params.structure)
+            self._compiling[request.request_id] = compiling
 
     def _compile(self, structure: Structure) -> "Future[CompiledStructure]":
         if self._compiler is None:
@@ -111,6 +116,7 @@ class Requests:
             Its completions that had not ended; none if it is not known.
         """
         sequences = self._live.pop(request_id, [])
+        self._deadlines.pop(request_id, None)
         compiling = self._compiling.pop(request_id, None)
         if compiling is not None:
             compiling.cancel()
@@ -127,6 +133,7 @@ class Requests:
         left.remove(sequence)
         if not left:
             del self._live[sequence.request_id]
+            self._deadlines.pop(sequence.request_id, None)
         self._scheduler.remove(sequence)
 
     def collect(self) -> Iterator[Failure]:
@@ -136,10 +143,8 @@ class Requests:
             Those that have to be failed: their time is over, or their structure is wrong.
         """
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            if request_id in self._live:
-                yield Failure(request_id, "the request ran out of time", "deadline_exceeded")
+        for request_id in [each for each, end in self._deadlines.items() if end <= now]:
+            yield Failure(request_id, "the request ran out of time", "deadline_exceeded")
         if self._compiling:
             yield from self._collect_compiled()
 

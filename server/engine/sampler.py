@@ -92,10 +92,9 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[i
     """Penalties, biases, the structure and the minimum length, in place on [vocab_size]."""
     params = sequence.params
     if params.repetition_penalty != 1.0:
-        seen = _index(sorted(set(sequence.token_ids)), logits.device)
-        values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits.copy_(torch.where(_seen(sequence, logits), penalised, logits))
     if (params.presence_penalty or params.frequency_penalty) and sequence.num_output_tokens:
         occurrences = Counter(sequence.output_token_ids)
         tokens = _index(occurrences, logits.device)
@@ -114,6 +113,15 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[i
         # What is complete ends, however short it is.
         if sequence.matcher is None or held_off.max() > -torch.inf:
             logits.copy_(held_off)
+
+
+def _seen(sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
+    """Which tokens occur in a sequence, bool [vocab_size]; only what is new is read."""
+    if sequence.seen is None:
+        sequence.seen = torch.zeros_like(logits, dtype=torch.bool)
+    sequence.seen[_index(sequence.token_ids[sequence.num_seen :], logits.device)] = True
+    sequence.num_seen = len(sequence.token_ids)
+    return sequence.seen
 
 
 def _draw(logits: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:

@@ -10,12 +10,12 @@ its tokens among the prompts in progress. While others decode that rest is small
 long for its next token. Short prompts come first, but the oldest one always gets its part.
 
 A sequence is admitted if what it may come to need, prompt and completion, fits beside what the
-running ones may. If a decode finds no block all the same, the least important and youngest sequence
-loses its own, and is computed anew.
+running ones may. If a decode finds no block all the same, the youngest sequence loses its own, or
+one of the same tenant that matters less, and is computed anew.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from headlong.cache.block_pool import OutOfBlocksError
@@ -35,8 +35,8 @@ MAX_PASSED = 64
 OLDEST_SHARE = 4
 """The oldest prompt gets this part of the prompt tokens of a step before shorter ones."""
 
-SCORED_CHUNK_TOKENS = 256
-"""Most tokens of a step of a prompt whose logits are all wanted."""
+SCORED_TOKENS = 256
+"""Most tokens of a step of prompts whose logits are all wanted: each takes a row of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self._started: list[Sequence] = []
+        # Whether a sequence came or went since the last look at those that wait.
+        self._changed = True
 
     @property
     def has_work(self) -> bool:
@@ -86,9 +88,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, which must fit the cache when it is alone."""
         self.waiting.add(sequence)
+        self._changed = True
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and free its blocks."""
+        self._changed = True
         if sequence.cache is not None:
             self.running.remove(sequence)
             self.waiting.leave(sequence)
@@ -101,11 +105,11 @@ class Scheduler:
         while True:
             chunks = self._decodes()
             self._admit()
-            chunks += self._prefills(len(chunks))
+            chunks += self._prefills(chunks)
             if chunks or not self.running:
                 return chunks
             # Prompts in progress hold all blocks between them and none can go on.
-            self._preempt(self._least_important())
+            self._preempt(self._victim([]))
 
     def advance(self, chunks: list[ScheduledChunk]) -> None:
         """After the step: its tokens are cached and can be found, and windows move on."""
@@ -139,9 +143,11 @@ class Scheduler:
             try:
                 other.cache, own_copies = self.cache.fork(sequence.cache)
             except OutOfBlocksError:
-                self.waiting.add(other)
+                self.waiting.enter(other)
+                self.waiting.put_back(other)
                 continue
             other.num_computed_tokens = sequence.num_computed_tokens
+            other.num_shared_tokens = self.cache.full_tokens(sequence.num_computed_tokens)
             other.note_bytes(self.cache)
             self.waiting.enter(other)
             self.running.append(other)
@@ -151,25 +157,29 @@ class Scheduler:
 
     def _decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
-        # The most important come first: what they need is taken from those after them.
-        decoding = sorted(
-            (each for each in self.running if each.decoding), key=lambda each: each.request.priority
-        )
-        for sequence in decoding:
+        for sequence in [each for each in self.running if each.decoding]:
             while sequence.cache is not None and self._room(sequence, 1) == 0:
-                self._preempt(self._least_important())
+                self._preempt(self._victim(chunks))
             if sequence.cache is not None:
                 chunks.append(self._take(sequence, sequence.cache, 1))
         return chunks
 
     def _admit(self) -> None:
+        if not self._changed:
+            return
+        self._changed = False
         passed: list[Sequence] = []
         free_slots = self.max_num_seqs - sum(each.num_slots for each in self.running)
         while free_slots and len(passed) < MAX_TRIES:
             sequence = self.waiting.next(passed)
             if sequence is None:
                 return
-            if sequence.num_slots > free_slots or not self._fits_beside_running(sequence):
+            match = None
+            fits = sequence.num_slots <= free_slots
+            if fits:
+                match = self._match(sequence)
+                fits = self._fits_beside_running(sequence, match)
+            if not fits:
                 passed.append(sequence)
                 if sequence.num_passed >= MAX_PASSED:
                     return
@@ -177,13 +187,13 @@ class Scheduler:
             for other in passed:
                 other.num_passed += 1
             self.waiting.admit(sequence)
-            self._begin(sequence)
+            self._begin(sequence, match)
             free_slots -= sequence.num_slots
 
-    def _fits_beside_running(self, sequence: Sequence) -> bool:
+    def _fits_beside_running(self, sequence: Sequence, match: PrefixMatch | None) -> bool:
         if not self.running:
             return True
-        wanted = sequence.reservation(self._match(sequence))
+        wanted = sequence.reservation(match)
         return self.cache.has_room(wanted, (each.reservation() for each in self.running))
 
     def _match(self, sequence: Sequence) -> PrefixMatch | None:
@@ -191,8 +201,7 @@ class Scheduler:
             return None
         return self.cache.match(sequence.keys, len(sequence.token_ids))
 
-    def _begin(self, sequence: Sequence) -> None:
-        match = self._match(sequence)
+    def _begin(self, sequence: Sequence, match: PrefixMatch | None) -> None:
         sequence.cache = self.cache.begin(sequence.policies, match)
         sequence.num_computed_tokens = sequence.cache.num_tokens
         self.running.append(sequence)
@@ -203,17 +212,18 @@ class Scheduler:
                 sequence.num_cached_tokens = match.num_tokens
                 sequence.cache_misses = dict(match.misses)
 
-    def _prefills(self, num_decodes: int) -> list[ScheduledChunk]:
-        prompts = [each for each in self.running if not each.decoding]
-        budget = self.max_num_batched_tokens - num_decodes
-        if num_decodes:
+    def _prefills(self, decodes: list[ScheduledChunk]) -> list[ScheduledChunk]:
+        served = {chunk.sequence for chunk in decodes}
+        # One that was preempted and admitted again may lack its newest token alone.
+        prompts = [each for each in self.running if each not in served]
+        budget = self.max_num_batched_tokens - len(decodes)
+        if decodes:
             budget = min(budget, self.chunked_prefill_size)
         chunks: list[ScheduledChunk] = []
         for sequence, count in _share(prompts, budget):
             cache = sequence.cache
             assert cache is not None
-            most = min(count, SCORED_CHUNK_TOKENS) if sequence.scores_prompt else count
-            room = self._room(sequence, most)
+            room = self._room(sequence, count)
             if room > 0:
                 chunks.append(self._take(sequence, cache, room))
         return chunks
@@ -227,9 +237,16 @@ class Scheduler:
         sequence.note_bytes(self.cache)
         return ScheduledChunk(sequence, cache, num_tokens)
 
-    def _least_important(self) -> Sequence:
-        # Of equals the last, which is the youngest.
-        return max(reversed(self.running), key=lambda each: each.request.priority)
+    def _victim(self, chunks: list[ScheduledChunk]) -> Sequence:
+        """Who loses its blocks: not one that has a chunk of this step already."""
+        served = {chunk.sequence for chunk in chunks}
+        others = [each for each in reversed(self.running) if each not in served]
+        tenant = others[0].request.tenant
+        # Priorities are compared within a tenant alone; of equals the first is the youngest.
+        return max(
+            (each for each in others if each.request.tenant == tenant),
+            key=lambda each: each.request.priority,
+        )
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -237,6 +254,7 @@ class Scheduler:
         sequence.restart()
         self.num_preemptions += 1
         self.waiting.put_back(sequence)
+        self._changed = True
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.cache is not None
@@ -244,19 +262,24 @@ class Scheduler:
         sequence.cache = None
 
 
-def _share(prompts: list[Sequence], budget: int) -> Iterable[tuple[Sequence, int]]:
+def _share(prompts: list[Sequence], budget: int) -> Iterator[tuple[Sequence, int]]:
     """Deal a step's prompt tokens: a part to the oldest prompt, the rest to the shortest first."""
     if not prompts:
         return
+    scored_budget = SCORED_TOKENS
+    wanted: dict[Sequence, int] = {}
+    for sequence in prompts:
+        wanted[sequence] = sequence.num_pending_tokens
+        if sequence.scores_prompt:
+            wanted[sequence] = min(wanted[sequence], scored_budget)
+            scored_budget -= wanted[sequence]
     oldest = prompts[0]
-    dealt = min(oldest.num_pending_tokens, -(-budget // OLDEST_SHARE))
+    dealt = min(wanted[oldest], -(-budget // OLDEST_SHARE))
     budget -= dealt
     # Sorting keeps the order of admission among equals.
-    for sequence in sorted(
-        prompts, key=lambda each: (each.request.priority, each.num_pending_tokens)
-    ):
+    for sequence in sorted(prompts, key=wanted.__getitem__):
         already = dealt if sequence is oldest else 0
-        count = min(sequence.num_pending_tokens - already, budget)
+        count = min(wanted[sequence] - already, budget)
         budget -= count
         if already + count:
             yield sequence, already + count

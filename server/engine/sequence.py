@@ -60,8 +60,11 @@ class Sequence:
         matcher: Keeps it to its structure, if it has one.
         prompt_logprobs: Of the prompt's tokens but the first, as far as they are known.
         started: When it first ran, in seconds of `time.monotonic`.
+        num_shared_tokens: Tokens of its prompt in blocks that it got from another completion.
         num_passed: Sequences that were admitted before it although it was their better.
-        kv_bytes_peak: Most bytes of cache that it held.
+        kv_bytes_peak: Most bytes of cache that it held, `num_shared_tokens` left out.
+        seen: bool [vocab_size], the tokens of prompt and completion; None until it is asked for.
+        num_seen: Tokens that are in it.
         finish_reason: Set when it is done.
         stop_reason: The stop string or token that ended it.
     """
@@ -91,8 +94,11 @@ class Sequence:
         self.matcher: StructureMatcher | None = None
         self.prompt_logprobs: list[PositionLogprobs] = []
         self.started: float | None = None
+        self.num_shared_tokens = 0
         self.num_passed = 0
         self.kv_bytes_peak = 0
+        self.seen: torch.Tensor | None = None
+        self.num_seen = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.generator = torch.Generator(device)
@@ -187,7 +193,8 @@ class Sequence:
     def note_bytes(self, cache: KVCache) -> None:
         """Remember the most bytes of blocks that it held."""
         assert self.cache is not None
-        self.kv_bytes_peak = max(self.kv_bytes_peak, cache.sequence_bytes(self.cache))
+        own = cache.sequence_bytes(self.cache, since=self.num_shared_tokens)
+        self.kv_bytes_peak = max(self.kv_bytes_peak, own)
 
     def reservation(self, match: PrefixMatch | None = None) -> Reservation:
         """What of the cache it may still come to need.

@@ -60,8 +60,8 @@ class TokenReporter:
             top=tuple(self._named(*each) for each in token.top),
         )
 
-    def score_prompt(self, rows: PromptRows, logits: torch.Tensor) -> None:
-        """Give a sequence the log probabilities of some tokens of its prompt.
+    def score_prompt(self, rows: PromptRows, logits: torch.Tensor) -> list[PositionLogprobs]:
+        """The log probabilities of some tokens of a prompt.
 
         Args:
             rows: Which.
@@ -70,7 +70,7 @@ class TokenReporter:
         count = rows.sequence.params.prompt_logprobs or 0
         logprobs = torch.log_softmax(logits, dim=-1)
         tokens = report_logprobs(logprobs, rows.targets, [count] * len(rows.targets))
-        rows.sequence.prompt_logprobs += [self.position(token) for token in tokens]
+        return [self.position(token) for token in tokens]
 
     def _named(self, token_id: int, logprob: float) -> TokenLogprob:
         return TokenLogprob(token_id, self._text(token_id), logprob)

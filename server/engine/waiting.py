@@ -8,7 +8,7 @@ earliest arrival. Sequences that lost their blocks were admitted once, and come 
 """
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 
 from headlong.server.engine.sequence import Sequence
@@ -25,8 +25,10 @@ class WaitingQueue:
         self._preempted: deque[Sequence] = deque()
         self._tenants: dict[str, list[tuple[int, int, Sequence]]] = {}
         self._served: dict[str, int] = {}
-        self._num_running: dict[str, int] = {}
+        # Sequences of each tenant that were admitted and have not left, preempted ones included.
+        self._admitted: Counter[str] = Counter()
         self._arrivals = 0
+        self._served_at_rest = 0
 
     def __len__(self) -> int:
         return len(self._preempted) + sum(map(len, self._tenants.values()))
@@ -40,8 +42,9 @@ class WaitingQueue:
         """Queue a new sequence."""
         tenant = sequence.request.tenant
         if not self._is_active(tenant):
-            others = [self._served[each] for each in self._served if self._is_active(each)]
-            floor = min(others, default=0)
+            others = [served for each, served in self._served.items() if self._is_active(each)]
+            # Where nobody is left to compare with, the last who was there.
+            floor = min(others, default=self._served_at_rest)
             self._served[tenant] = max(self._served.get(tenant, 0), floor)
         self._arrivals += 1
         line = self._tenants.setdefault(tenant, [])
@@ -49,9 +52,8 @@ class WaitingQueue:
         insort(line, (sequence.request.priority, self._arrivals, sequence))
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queue a sequence that lost its blocks, before all others."""
+        """Queue a sequence that was admitted and has no blocks, before all others."""
         self._preempted.appendleft(sequence)
-        self._num_running[sequence.request.tenant] -= 1
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a waiting sequence.
@@ -61,13 +63,9 @@ class WaitingQueue:
         """
         if sequence in self._preempted:
             self._preempted.remove(sequence)
-            return
-        line = self._tenants.get(sequence.request.tenant, [])
-        for place, (_, _, waiting) in enumerate(line):
-            if waiting is sequence:
-                del line[place]
-                return
-        raise ValueError("the sequence does not wait")
+            self.leave(sequence)
+        else:
+            self._take(sequence)
 
     def next(self, passed: Collection[Sequence]) -> Sequence | None:
         """Whose turn it is, or None.
@@ -86,22 +84,34 @@ class WaitingQueue:
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence out of the queue, to run."""
-        self.remove(sequence)
-        self.enter(sequence)
+        if sequence in self._preempted:
+            self._preempted.remove(sequence)
+        else:
+            self._take(sequence)
+            self.enter(sequence)
 
     def enter(self, sequence: Sequence) -> None:
         """Note a sequence that runs, and did not have to wait."""
-        tenant = sequence.request.tenant
-        self._num_running[tenant] = self._num_running.get(tenant, 0) + 1
+        self._admitted[sequence.request.tenant] += 1
 
     def leave(self, sequence: Sequence) -> None:
-        """Note that a running sequence is done."""
-        self._num_running[sequence.request.tenant] -= 1
+        """Note that a sequence that was admitted is done."""
+        tenant = sequence.request.tenant
+        self._admitted[tenant] -= 1
+        self._served_at_rest = max(self._served_at_rest, self._served[tenant])
 
     def charge(self, tenant: str, num_prompt_tokens: int, num_completion_tokens: int) -> None:
         """Add to what a tenant got."""
         price = num_prompt_tokens * PROMPT_WEIGHT + num_completion_tokens * COMPLETION_WEIGHT
         self._served[tenant] += price
 
+    def _take(self, sequence: Sequence) -> None:
+        line = self._tenants.get(sequence.request.tenant, [])
+        for place, (_, _, waiting) in enumerate(line):
+            if waiting is sequence:
+                del line[place]
+                return
+        raise ValueError("the sequence does not wait")
+
     def _is_active(self, tenant: str) -> bool:
-        return bool(self._tenants.get(tenant)) or self._num_running.get(tenant, 0) > 0
+        return bool(self._tenants.get(tenant)) or self._admitted[tenant] > 0

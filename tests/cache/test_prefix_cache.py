@@ -128,11 +128,13 @@ def test_a_partly_filled_block_is_not_published() -> None:
     st.integers(1, 60),
     st.integers(1, 25),
     st.integers(1, 9),
+    st.sets(st.sampled_from(["retrieval", "streaming", "sliding"]), min_size=1),
 )
 def test_the_next_turn_goes_on_from_the_last_full_block(
-    streaming: HeadPolicy, block_size: int, prompt: int, answer: int, chunk: int
+    streaming: HeadPolicy, block_size: int, prompt: int, answer: int, chunk: int, names: set[str]
 ) -> None:
-    groups = {"retrieval": RETRIEVAL, "streaming": streaming, "sliding": SLIDING}
+    policies = {"retrieval": RETRIEVAL, "streaming": streaming, "sliding": SLIDING}
+    groups = {name: policy for name, policy in policies.items() if name in names}
     cache = build_cache(groups, 100, block_size)
     turn = Runner(cache, range(prompt), chunk=chunk).run().grow(answer).free()
     num_blocks = (prompt + answer) // block_size
@@ -154,6 +156,20 @@ def test_a_turn_that_fills_no_block_still_keeps_its_window() -> None:
     assert turn.cache.tables[1].find(3) is None
     turn.free()
     cache.pools[1].allocate(8 - len(STREAMING.reachable_blocks(5, 4)))
+    assert cache.match(turn.keys, 22).num_tokens == 20
+
+
+def test_a_turn_that_ends_before_it_publishes_still_keeps_its_window() -> None:
+    cache = build_mixed([64, 10])
+    Runner(cache, range(20)).run().free()
+    turn = Runner(cache, range(22))
+    cache.extend(turn.cache, 2)
+    cache.release_expired(turn.cache)
+    assert turn.cache.tables[1].find(3) is None
+    # Used after block 3 was given back, and yet older than the end of the turn.
+    Runner(cache, [7] * 5).run().free()
+    turn.free()
+    cache.pools[1].allocate(10 - len(STREAMING.reachable_blocks(5, 4)))
     assert cache.match(turn.keys, 22).num_tokens == 20
 
 
@@ -197,6 +213,21 @@ def test_what_an_equal_sequence_computed_at_the_same_time_counts_as_used() -> No
     cache.pools[0].allocate(9)
     assert cache.match(twins[1].keys, 12).num_tokens == 8
     assert cache.match(other.keys, 12).num_tokens == 0
+
+
+def test_what_an_equal_sequence_published_may_be_evicted_while_another_still_runs() -> None:
+    cache = build_mixed([12, 12])
+    twins = [Runner(cache, [1] * 20) for _ in range(2)]
+    for twin in twins:
+        twin.run()
+    twins[0].free()
+    for pool in cache.pools:
+        pool.release(pool.allocate(pool.num_free))
+    assert cache.cached_blocks == (0, 0)
+    assert cache.match(twins[1].keys, 21).num_tokens == 0
+    # The second twin's blocks had no key of their own, and take it over when it ends.
+    twins[1].free()
+    assert cache.match(twins[1].keys, 21).num_tokens == 20
 
 
 def test_sequences_of_other_policies_share_nothing() -> None:

@@ -86,6 +86,27 @@ def test_the_first_key_without_the_salt_tells_equal_prefixes() -> None:
     assert build_keys([1, 2, 3]).first_unsalted is None
 
 
+def test_fewer_tokens_than_were_named_leave_the_names() -> None:
+    keys = build_keys([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    named = keys.blocks.copy()
+    for length in (0, 3, 7, 8):
+        keys.extend([1, 2, 3, 4, 5, 6, 7, 8][:length])
+        assert keys.blocks == named
+    keys.extend([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
+    assert keys.blocks == build_keys(list(range(1, 13))).blocks
+
+
+def test_a_salt_made_of_tokens_is_no_way_into_another_s_blocks() -> None:
+    # Bytes of a first block, and of the parts before it, as text.
+    data = pack("<4q", 1, 2, 3, 4)
+    identity = pack("<q", 5) + b"model" + pack("<q", 0)
+    salts = [part.decode("latin-1") for part in (data, identity, identity + data)]
+    plain = build_keys([1, 2, 3, 4, 1, 2, 3, 4], policies=()).blocks
+    for salt in salts:
+        salted = build_keys([1, 2, 3, 4, 1, 2, 3, 4], policies=(), salt=salt).blocks
+        assert set(salted).isdisjoint(plain)
+
+
 def test_half_a_surrogate_pair_is_a_salt_too() -> None:
     assert build_keys([1] * 4, salt="\ud800").blocks != build_keys([1] * 4, salt="\ud801").blocks
 

@@ -36,8 +36,11 @@ from support.visibility import is_visible, reachable
 Content = tuple[tuple[HeadPolicy, ...], str, tuple[int, ...]]
 
 # So few tokens and salts that prefixes meet.
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=16)
-SALTS = st.sampled_from(["", "", "a"])
+TOKENS = st.lists(st.integers(0, 1), max_size=9)
+# Fewer tokens than a prompt may have, so that it can be computed in parts.
+CHUNKS = st.integers(1, 14)
+KINDS = st.sampled_from([0, 0, 0, 1, 2])
+SALTS = st.sampled_from(["", "", "", "a"])
 
 
 @dataclass(eq=False)
@@ -97,21 +100,32 @@ class PrefixMachine(RuleBasedStateMachine):
         wider = HeadPolicy(streaming.sink_size + 2, streaming.window_size + 3)
         self.policies = [self.cache.policies(each) for each in (None, wider, RETRIEVAL)]
         self.live: list[Life] = []
+        # What was asked or computed, so that others can begin alike.
+        self.texts: list[list[int]] = [[]]
         self.memory: dict[tuple[int, int], Content] = {}
         # What a block that can be found under a key has to hold.
         self.published: dict[bytes, list[Content]] = {}
 
-    @rule(target=stale, tokens=TOKENS, kind=st.integers(0, 2), salt=SALTS)
-    def ask(self, tokens: list[int], kind: int, salt: str) -> Asked:
+    @rule(target=stale, data=st.data(), own=TOKENS, kind=KINDS, salt=SALTS)
+    def ask(self, data: st.DataObject, own: list[int], kind: int, salt: str) -> Asked:
+        return self._ask(data, own, kind, salt)
+
+    def _ask(self, data: st.DataObject, own: list[int], kind: int, salt: str) -> Asked:
+        text = data.draw(st.sampled_from(self.texts))
+        tokens = [*text[: data.draw(st.integers(0, len(text)))], *own, 1]
         keys = self.cache.keys(self.policies[kind], salt)
         keys.extend(tokens)
+        before = self._bookkeeping()
         asked = Asked(keys, tokens, self.cache.match(keys, len(tokens)))
+        assert self._bookkeeping() == before
         self._is_right(asked)
         return asked
 
-    @rule(target=lives, tokens=TOKENS, kind=st.integers(0, 2), salt=SALTS)
-    def begin(self, tokens: list[int], kind: int, salt: str) -> Life:
-        return self._begin(self.ask(tokens, kind, salt))
+    @rule(target=lives, data=st.data(), own=TOKENS, kind=KINDS, salt=SALTS, chunk=CHUNKS)
+    def begin(self, data: st.DataObject, own: list[int], kind: int, salt: str, chunk: int) -> Life:
+        life = self._begin(self._ask(data, own, kind, salt))
+        self.step(life, [], chunk)
+        return life
 
     @rule(target=lives, asked=consumes(stale))
     def begin_with_an_old_match(self, asked: Asked) -> Life | MultipleResults[Life]:
@@ -124,13 +138,13 @@ class PrefixMachine(RuleBasedStateMachine):
         self._is_right(asked)
         return self._begin(asked)
 
-    @rule(life=lives, more=st.lists(st.integers(0, 1), max_size=12))
-    def extend(self, life: Life, more: list[int]) -> None:
+    def _extend(self, life: Life, more: list[int], chunk: int) -> None:
         tokens, position = life.asked.tokens, life.cache.num_tokens
         if len(tokens) == position:
             tokens += more
-        room = self.cache.max_extension(life.cache, len(tokens) - position)
-        if position + room < len(tokens):
+        wanted = min(chunk, len(tokens) - position)
+        room = self.cache.max_extension(life.cache, wanted)
+        if room < wanted:
             before = self._bookkeeping()
             with pytest.raises(OutOfBlocksError):
                 self.cache.extend(life.cache, room + 1)
@@ -140,8 +154,7 @@ class PrefixMachine(RuleBasedStateMachine):
             for group, table in enumerate(life.cache.tables):
                 self.memory[group, slot(table, written)] = life.asked.content(written)
 
-    @rule(life=lives)
-    def publish(self, life: Life) -> None:
+    def _publish(self, life: Life) -> None:
         keys = life.asked.keys
         keys.extend(life.asked.tokens)
         self.cache.publish(life.cache, keys)
@@ -151,16 +164,25 @@ class PrefixMachine(RuleBasedStateMachine):
                 life.asked.content(start + offset) for offset in range(self.block_size)
             ]
 
-    @rule(life=lives)
-    def release_expired(self, life: Life) -> None:
+    def _release_expired(self, life: Life) -> None:
         self.cache.release_expired(life.cache)
         life.first_query = life.cache.num_tokens
 
-    @rule(life=lives, more=st.lists(st.integers(0, 1), max_size=12))
-    def step(self, life: Life, more: list[int]) -> None:
-        self.extend(life, more)
-        self.publish(life)
-        self.release_expired(life)
+    @rule(life=lives, more=TOKENS, chunk=CHUNKS)
+    def step(self, life: Life, more: list[int], chunk: int) -> None:
+        self._extend(life, more, chunk)
+        self._publish(life)
+        self._release_expired(life)
+
+    @rule(life=lives, more=TOKENS, chunk=CHUNKS, publish=st.booleans(), release=st.booleans())
+    def part_of_a_step(
+        self, life: Life, more: list[int], chunk: int, publish: bool, release: bool
+    ) -> None:
+        self._extend(life, more, chunk)
+        if publish:
+            self._publish(life)
+        if release:
+            self._release_expired(life)
 
     @rule(target=lives, parent=lives)
     def fork(self, parent: Life) -> Life | MultipleResults[Life]:
@@ -181,15 +203,14 @@ class PrefixMachine(RuleBasedStateMachine):
         self.live.append(life)
         return life
 
-    @rule(life=consumes(lives))
-    def free(self, life: Life) -> None:
+    @rule(life=consumes(lives), forget=st.sampled_from([False] * 9 + [True]))
+    def free(self, life: Life, forget: bool) -> None:
         self.live.remove(life)
+        self.texts.append(life.asked.tokens)
         self.cache.free(life.cache)
-
-    @rule()
-    def forget_prefixes(self) -> None:
-        self.cache.forget_prefixes()
-        assert not any(self.cache.cached_blocks)
+        if forget:
+            self.cache.forget_prefixes()
+            assert not any(self.cache.cached_blocks)
 
     @invariant()
     def integrity(self) -> None:
@@ -219,6 +240,7 @@ class PrefixMachine(RuleBasedStateMachine):
         assert cache.num_tokens == asked.match.num_tokens
         life = Life(cache, asked, cache.num_tokens)
         self.live.append(life)
+        self.texts.append(asked.tokens)
         return life
 
     def _is_right(self, asked: Asked) -> None:
@@ -274,5 +296,5 @@ class PrefixMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
 
 
-PrefixMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+PrefixMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestPrefixCache = PrefixMachine.TestCase

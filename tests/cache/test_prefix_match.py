@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headlong.cache.block_pool import BlockPool
@@ -81,6 +81,15 @@ def test_a_prefix_is_cut_back_to_where_the_window_is_whole() -> None:
     assert found.misses == {"window_evicted": 4, "partial_block": 1}
 
 
+def test_what_one_window_lacks_the_other_has_to_make_good_for_too() -> None:
+    lookup = Lookup([RETRIEVAL, HeadPolicy(0, 5), HeadPolicy(0, 3)], num_tokens=21, block_size=2)
+    lookup.put(0, [True] * 10)
+    # Enough for 20 tokens and for 14, but not for the 18 that the other group can go on from.
+    lookup.put(1, [True] * 7 + [False] + [True] * 2)
+    lookup.put(2, [True] * 9 + [False])
+    assert lookup.match().num_tokens == 14
+
+
 def test_without_its_sinks_a_group_has_nothing() -> None:
     lookup = Lookup([RETRIEVAL, STREAMING], num_tokens=21, block_size=2)
     lookup.put(0, [True] * 10)
@@ -156,6 +165,7 @@ def test_too_few_keys_are_refused() -> None:
         lookup.match(13)
 
 
+@settings(max_examples=300)
 @given(
     st.lists(POLICIES, min_size=1, max_size=3),
     st.integers(1, 4),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ class Run:
     cache: SequenceCache
     forks: int = 0
     fork_tokens: int = 0
-    steps: list[int] = field(default_factory=list)
+    # What it writes itself differs from what all others do.
+    own_token: int = field(default_factory=count(1000).__next__)
 
     @property
     def reservation(self) -> Reservation:
@@ -63,8 +65,7 @@ class Run:
     def extend(self, num_tokens: int) -> None:
         self.kv.extend(self.cache, num_tokens)
         missing = self.cache.num_tokens - len(self.tokens)
-        # What it writes itself differs from what all others do.
-        self.tokens += [id(self) % 2**31] * missing
+        self.tokens += [self.own_token] * missing
 
     def settle(self) -> None:
         self.keys.extend(self.tokens)
@@ -177,6 +178,11 @@ def test_a_sequence_without_a_reservation_keeps_what_it_has() -> None:
     cache.extend(other, 16)
     assert cache.has_room(Reservation(cache.policies(), 24), [])
     assert not cache.has_room(Reservation(cache.policies(), 25), [])
+    # Of 16 tokens it holds all 4 streaming blocks, as no window has moved yet.
+    for num_streaming, has_room in ((8, True), (7, False)):
+        cache = build_mixed([20, num_streaming])
+        cache.extend(cache.begin(), 16)
+        assert cache.has_room(Reservation(cache.policies(), 24), []) == has_room
 
 
 POLICIES = st.builds(HeadPolicy, st.integers(0, 7), st.integers(1, 14))

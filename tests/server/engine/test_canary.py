@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from headlong.cache.policy import RETRIEVAL
+from headlong.server.engine.canary import MAX_STARTS
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.request import EngineRequest, KVPolicy
 from headlong.server.engine.token_scores import PagedForward
@@ -89,6 +90,17 @@ def test_it_makes_way_for_requests_and_starts_over(build: Callable[..., Engine])
         pass
     assert engine.stats().canary.requests == 1
     assert engine.stats().canary.tokens == len(tokens)
+
+
+def test_it_gives_up_what_is_interrupted_again_and_again(build: Callable[..., Engine]) -> None:
+    engine = build()
+    serve(engine)
+    for _ in range(MAX_STARTS):
+        assert engine.idle_step()
+        engine._canary.make_way()
+    assert engine.idle_step()
+    assert engine.stats().canary.skipped == {"interrupted": 1}
+    assert not engine.idle_step()
 
 
 def test_what_does_not_fit_is_skipped(build: Callable[..., Engine]) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.request import EngineRequest, KVPolicy
-from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.sampling_params import SamplingParams, Structure
 from headlong.server.errors import InvalidRequestError
 from support.engines import (
     SINK_SIZE,
@@ -85,6 +85,37 @@ def test_the_bytes_that_a_request_held_are_told(build: Callable[..., Engine]) ->
     assert full.kv_bytes_peak == engine.plan.full_sequence_bytes(119)
     assert own.kv_bytes_peak < full.kv_bytes_peak
     assert own.kv_bytes_peak >= engine.plan.sequence_bytes(119)
+
+
+def test_blocks_that_completions_share_are_told_once(build: Callable[..., Engine]) -> None:
+    engine = build()
+    engine.add_request(EngineRequest("r", PROMPTS[0], greedy(20), n=4))
+    most = told = full = 0
+    while engine.has_work:
+        for output in engine.step():
+            told += output.kv_bytes_peak
+            full += output.kv_bytes_full
+        most = max(most, engine.stats().kv_bytes_owned)
+    windows = 4 * engine.plan.shape.constant_sequence_bytes
+    assert most <= told <= most + windows
+    alone = engine.plan.full_sequence_bytes(120)
+    assert full == alone + 3 * (alone - engine.plan.full_sequence_bytes(96))
+
+
+def test_a_structure_that_cannot_be_compiled_leaves_nothing(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build()
+    params = SamplingParams(max_tokens=2, structure=Structure("json_object"))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(engine._requests, "_compile", broken)
+    with pytest.raises(RuntimeError, match="new thread"):
+        engine.add_request(EngineRequest("r", PROMPTS[0], params))
+    engine.abort("r")
+    assert not engine.has_work
 
 
 @pytest.mark.parametrize(

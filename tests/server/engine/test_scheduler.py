@@ -9,7 +9,8 @@ import headlong.server.engine.sequence as sequence_module
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.request import EngineRequest
-from headlong.server.engine.scheduler import MAX_PASSED
+from headlong.server.engine.sampling_params import SamplingParams
+from headlong.server.engine.scheduler import MAX_PASSED, SCORED_TOKENS
 from support.engines import build_engine, greedy, random_profile, random_prompts, run
 from support.tiny_models import VOCAB_SIZE
 
@@ -178,6 +179,53 @@ def test_a_tenant_with_a_flood_does_not_keep_another_waiting(build: Callable[...
     add(engine, "guest", SHORT[0], 6, tenant="guest")
     order = first_tokens(finish(engine))
     assert order.index("guest") <= 3
+
+
+def test_a_priority_takes_nothing_from_another_tenant(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
+    full = build(max_model_len=128).plan.full_sequence_bytes(128)
+    engine = build(max_model_len=128, kv_cache_memory_bytes=full * 3 // 2, max_num_seqs=4)
+    options = {"asked_max_tokens": False}
+    add(engine, "modest", SHORT[0], 110, tenant="modest", **options)
+    add(engine, "greedy", SHORT[1], 110, tenant="greedy", priority=-9, **options)
+    outputs = finish(engine)
+    assert engine.stats().preemptions_total > 0
+    done = [each.request_id for each in outputs if each.finish_reason]
+    assert done == ["modest", "greedy"]
+
+
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_one_that_lost_its_blocks_goes_on_alone(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    """At a block's edge it finds all but its newest token again, and nobody else runs."""
+    monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
+    engine = build(block_size=block_size)
+    expected = run(engine, [SHORT[0]], greedy(60))[0]
+    add(engine, "r", SHORT[0], 60, asked_max_tokens=False)
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+        (sequence,) = engine.scheduler.running or [None]
+        if sequence is not None and len(sequence.token_ids) % block_size == 1:
+            engine.scheduler._preempt(sequence)
+    assert [token for each in outputs for token in each.token_ids] == expected
+    assert engine.stats().preemptions_total > 2
+
+
+def test_prompts_that_are_scored_leave_the_step_to_others(build: Callable[..., Engine]) -> None:
+    engine = build(max_num_batched_tokens=512)
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    for index in range(3):
+        engine.add_request(EngineRequest(f"scored{index}", LONG, params))
+    engine.step()
+    assert engine.stats().step_prefill_tokens == SCORED_TOKENS
+    add(engine, "plain", LONG[::-1])
+    engine.step()
+    assert engine.stats().step_prefill_tokens == 512
+    finish(engine)
 
 
 def test_completions_of_one_prompt_wait_until_all_of_them_may_run(

@@ -85,6 +85,21 @@ def test_who_was_away_saved_nothing_up() -> None:
     assert "busy" in order[:2]
 
 
+def test_a_debt_is_forgiven_while_nobody_is_there() -> None:
+    queue = WaitingQueue()
+    for _ in range(10):
+        old = sequence("old")
+        queue.add(old)
+        queue.admit(old)
+        queue.charge("old", 1000, 0)
+        queue.leave(old)
+    for _ in range(20):
+        queue.add(sequence("new"))
+    queue.add(sequence("old"))
+    order = [each.request.tenant for each in drain(queue, 1000)]
+    assert "old" in order[:2]
+
+
 def test_decoded_tokens_cost_more_than_prompt_tokens() -> None:
     queue = WaitingQueue()
     for tenant in ("reads", "writes"):
