@@ -89,6 +89,9 @@ async def measure(url: str, long: list[int], short: list[list[int]], new_tokens:
     return Sample(intervals, end - begin, first[1][0] - short_begin)
 
 
+WIDTHS = (12, 20, 11, 12, 11)
+
+
 def percentile(values: list[float], share: float) -> float:
     """Nearest rank: the smallest value that `share` of them do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument("--decodes", type=int, default=8, help="running streams (default 8)")
     parser.add_argument("--prompt-tokens", type=int, default=8192, help="default 8192")
     parser.add_argument("--chunk", type=int, default=512, help="of the prompt (default 512)")
-    parser.add_argument("--rounds", type=int, default=3, help="long prompts (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="long prompts (default 5)")
     parser.add_argument("--log", type=Path, default=default_log, help="of the server")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -121,15 +124,21 @@ def main() -> None:
 
 def report(samples: list[Sample], options: argparse.Namespace) -> None:
     num_chunks = -(-options.prompt_tokens // options.chunk)
-    chunk_s = statistics.median(sample.long_ttft_s for sample in samples) / num_chunks
-    p99_s = percentile([each for sample in samples for each in sample.intervals_s], 0.99)
-    short_s = statistics.median(sample.short_ttft_s for sample in samples)
-    long_s = statistics.median(sample.long_ttft_s for sample in samples)
-    print(f"{options.decodes} decodes beside a prompt of {options.prompt_tokens} tokens")
-    print(f"one chunk step of {options.chunk} tokens      {1e3 * chunk_s:8.1f} ms")
-    print(f"p99 between tokens of the others {1e3 * p99_s:8.1f} ms   {p99_s / chunk_s:.2f}x a step")
-    print(f"time to first token, long prompt {1e3 * long_s:8.1f} ms")
-    print(f"a short one sent right after     {1e3 * short_s:8.1f} ms")
+    print(f"{options.decodes} decodes beside a prompt of {options.prompt_tokens} tokens, by round:")
+    heads = ("chunk step", "p99 between tokens", "of a step", "TTFT long", "short")
+    print("".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True)))
+    ratios: list[float] = []
+    for sample in samples:
+        # Of the same round: a shared machine is now faster and now slower.
+        chunk_s = sample.long_ttft_s / num_chunks
+        p99_s = percentile(sample.intervals_s, 0.99)
+        ratios.append(p99_s / chunk_s)
+        print(
+            f"{1e3 * chunk_s:>10.1f}ms{1e3 * p99_s:>18.1f}ms{ratios[-1]:>10.2f}x"
+            f"{1e3 * sample.long_ttft_s:>10.0f}ms{1e3 * sample.short_ttft_s:>9.0f}ms"
+        )
+    short = statistics.median(each.short_ttft_s / each.long_ttft_s for each in samples)
+    print(f"median p99 between tokens: {statistics.median(ratios):.2f}x one chunk step")
     print(
         json.dumps(
             {
@@ -137,10 +146,9 @@ def report(samples: list[Sample], options: argparse.Namespace) -> None:
                 "decodes": options.decodes,
                 "prompt_tokens": options.prompt_tokens,
                 "chunk": options.chunk,
-                "chunk_step_s": round(chunk_s, 5),
-                "p99_itl_s": round(p99_s, 5),
-                "p99_over_step": round(p99_s / chunk_s, 3),
-                "short_over_long_ttft": round(short_s / long_s, 3),
+                "p99_over_step": [round(each, 3) for each in ratios],
+                "median_p99_over_step": round(statistics.median(ratios), 3),
+                "short_over_long_ttft": round(short, 3),
                 "cores": os.cpu_count(),
             }
         )

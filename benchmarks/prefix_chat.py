@@ -115,10 +115,12 @@ def main() -> None:
         with serving((*command, *flags), options.log) as url:
             chat(url, documents[0][:200], 2)
             found[name] = [chat(url, document, options.new_tokens) for document in documents]
-    report(found, options)
+    if not report(found, options):
+        raise SystemExit("the answers differ with the prefix cache")
 
 
-def report(found: dict[str, list[list[Turn]]], options: argparse.Namespace) -> None:
+def report(found: dict[str, list[list[Turn]]], options: argparse.Namespace) -> bool:
+    """Prints the table; whether the tokens are the same."""
     print(f"{'turn':>4}{'prompt':>9}{'cached':>9}{'TTFT on':>11}{'TTFT off':>11}{'of turn 1':>11}")
     ratios: list[float] = []
     medians: dict[str, list[float]] = {
@@ -153,6 +155,7 @@ def report(found: dict[str, list[list[Turn]]], options: argparse.Namespace) -> N
             }
         )
     )
+    return same
 
 
 if __name__ == "__main__":

@@ -3,13 +3,20 @@
 a block is      reference count     it can be found     where it stands
 free            0                   no                  in the free queue
 owned           1 or more           if it has a key     in that many block tables
-cached          0                   yes                 among the cached, least recently used first
+cached          0                   yes                 among the passed or the kept, least recently
+                                                        used first
 
-Free blocks are handed out first, then cached ones, which are forgotten by that.
+Free blocks are handed out first, then cached ones, which are forgotten by that. A block that a
+window has left, and that nobody ever found, is *passed*: a long prompt leaves hundreds, and they
+must not push out what conversations go on from. The passed are evicted first while they are more
+than a quarter of the blocks, and the *kept* otherwise.
 """
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+
+PASSED_SHARE = 4
+"""Passed blocks may take this part of the blocks before they are evicted first."""
 
 REMEMBERED = 4
 """Keys of evicted blocks that are remembered, as a multiple of the blocks."""
@@ -31,7 +38,10 @@ class BlockPool:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
         self._free = deque(range(num_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._passed: OrderedDict[int, None] = OrderedDict()
+        # Blocks that a sequence found under the key that they have now.
+        self._was_found: set[int] = set()
         self._counts = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._found: dict[bytes, int] = {}
@@ -40,12 +50,12 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody owns, cached ones included: all of them can be handed out."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.num_cached
 
     @property
     def num_cached(self) -> int:
         """Blocks that nobody owns and that can be found."""
-        return len(self._cached)
+        return len(self._kept) + len(self._passed)
 
     @property
     def num_owned(self) -> int:
@@ -77,14 +87,16 @@ class BlockPool:
                 raise ValueError(f"block {block} is free and cannot be shared")
         for block in blocks:
             if self._counts[block] == 0:
-                del self._cached[block]
+                self._uncache(block)
             self._counts[block] += 1
+            self._was_found.add(block)
 
-    def release(self, blocks: Iterable[int]) -> None:
+    def release(self, blocks: Iterable[int], *, passed: bool = False) -> None:
         """Take an owner away; a block without one is cached if it has a key, else free.
 
         Args:
             blocks: In the order in which they are to be evicted.
+            passed: Whether a window has left them, and the sequence goes on.
 
         Raises:
             ValueError: A block has no owner; nothing was changed.
@@ -98,9 +110,11 @@ class BlockPool:
             if self._counts[block] > 0:
                 continue
             if self._keys[block] is None:
+                self._was_found.discard(block)
                 self._free.append(block)
             else:
-                self._cached[block] = None
+                queue = self._passed if passed and block not in self._was_found else self._kept
+                queue[block] = None
 
     def is_owned(self, block: int) -> bool:
         """Whether somebody owns a block."""
@@ -135,8 +149,9 @@ class BlockPool:
         """
         for key in keys:
             block = self._found.get(key)
-            if block is not None and block in self._cached:
-                self._cached.move_to_end(block)
+            if block is not None and self._counts[block] == 0:
+                self._uncache(block)
+                self._kept[block] = None
 
     def knew(self, key: bytes) -> bool:
         """Whether a block has this key, or had it not long ago."""
@@ -144,11 +159,18 @@ class BlockPool:
 
     def forget(self) -> None:
         """Make all cached blocks free."""
-        while self._cached:
+        while self.num_cached:
             self._free.append(self._evict())
 
+    def _uncache(self, block: int) -> None:
+        queue = self._passed if block in self._passed else self._kept
+        del queue[block]
+
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        too_many = len(self._passed) * PASSED_SHARE > self.num_blocks
+        queue = self._passed if too_many or not self._kept else self._kept
+        block, _ = queue.popitem(last=False)
+        self._was_found.discard(block)
         key = self._keys[block]
         assert key is not None, "a cached block has a key"
         self._keys[block] = None
@@ -174,7 +196,7 @@ class BlockPool:
                 f"block {block}: {holders[block]} holders, counted {count}"
             )
             key = self._keys[block]
-            places = free[block] + (block in self._cached)
+            places = free[block] + (block in self._kept) + (block in self._passed)
             assert places == (count == 0), f"block {block}: {count} owners, {places} places"
             assert free[block] == (count == 0 and key is None), f"block {block}: free with a key"
             assert key is None or self._found.get(key) == block, f"block {block} is not found"

@@ -244,7 +244,7 @@ class KVCache:
         """Give back what no later query of the sequence can see."""
         self._require_live(sequence)
         for table, pool in zip(sequence.tables, self.pools, strict=True):
-            pool.release(table.take_expired(sequence.num_tokens))
+            pool.release(table.take_expired(sequence.num_tokens), passed=True)
 
     def fork(self, parent: SequenceCache) -> tuple[SequenceCache, list[BlockCopy]]:
         """A second sequence with the parent's tokens.

@@ -10,12 +10,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from headlong.server.api_keys import read_api_keys
 from headlong.server.auth import AuthMiddleware
-from headlong.server.body_limit import BodyLimitMiddleware
+from headlong.server.body_limit import BodyLimitMiddleware, default_max_body_bytes
 from headlong.server.config import ServerConfig
 from headlong.server.http_errors import install_error_handlers
 from headlong.server.joined_observer import JoinedObserver
 from headlong.server.metrics import Metrics
 from headlong.server.prompts import PromptEncoder
+from headlong.server.receive_timeout import ReceiveTimeoutMiddleware
 from headlong.server.recent import RecentFigures
 from headlong.server.request_log import REQUEST_ID_HEADER, RequestLogMiddleware
 from headlong.server.routes_chat import chat_router
@@ -85,7 +86,8 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         # A redirect is built from the Host header, which the client chose.
         redirect_slashes=False,
     )
-    _add_middleware(app, config, metrics)
+    max_body_bytes = config.max_body_bytes or default_max_body_bytes(engine.max_model_len)
+    _add_middleware(app, config, metrics, max_body_bytes)
     install_error_handlers(app)
     for make_router in (
         completions_router,
@@ -102,9 +104,12 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+def _add_middleware(
+    app: FastAPI, config: ServerConfig, metrics: Metrics, max_body_bytes: int
+) -> None:
     """Wraps the application, from the inside out."""
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(ReceiveTimeoutMiddleware, receive_timeout=config.receive_timeout)
     app.add_middleware(SendTimeoutMiddleware, send_timeout=config.send_timeout)
     if keys := read_api_keys(config):
         app.add_middleware(AuthMiddleware, keys=keys)

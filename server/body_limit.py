@@ -6,6 +6,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headlong.server.errors import RequestTooLargeError
 
 
+BASE_BYTES = 4 << 20
+BYTES_PER_TOKEN = 16
+
+
+def default_max_body_bytes(max_model_len: int) -> int:
+    """Returns how large bodies may be, unless the operator says so.
+
+    Parsing a body holds the interpreter's lock, so that all streams wait for it.
+
+    Args:
+        max_model_len: The model's context, in tokens.
+    """
+    return BASE_BYTES + BYTES_PER_TOKEN * max_model_len
+
+
 class BodyLimitMiddleware:
     """Counts the bytes of a body as they arrive, whatever its Content-Length claims.
 

@@ -94,8 +94,8 @@ def option(settings: type[BaseSettings], name: str) -> Any:
     if default_of(settings, name) is True:
         declaration += f"/--no-{declaration.removeprefix('--')}"
     text = flag.help
-    if (said := _said(default_of(settings, name))) and "default" not in text.lower():
-        text += f" Default {said}."
+    if said := flag.default or _said(default_of(settings, name)):
+        text += f" Default: {said}."
     return typer.Option(declaration, help=text, rich_help_panel=flag.panel)
 
 

@@ -21,7 +21,6 @@ from headlong.server.flag import Flag, flag_of
 ENV_PREFIX = "HEADLONG_"
 CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 
-DEFAULT_MAX_BODY_BYTES = 32 * 2**20
 DEFAULT_MAX_NUM_QUEUED_REQS = 512
 DEFAULT_HANG_TIMEOUT_S = 300.0
 
@@ -69,7 +68,8 @@ class ServerConfig(BaseSettings):
         Names, Flag("Name of the model in the API; may be repeated.", _LISTENING)
     ] = ()
     chat_template: Annotated[
-        Path | None, Flag("Jinja file that replaces the model's chat template.", _LISTENING)
+        Path | None,
+        Flag("Jinja file of a chat template.", _LISTENING, default="the model's own"),
     ] = None
     tool_call_parser: Annotated[
         ToolCallParser,
@@ -96,9 +96,18 @@ class ServerConfig(BaseSettings):
     send_timeout: Annotated[
         Seconds, Flag("Seconds that a client may take to read what is sent to it.", _LIMITS)
     ] = 60.0
+    receive_timeout: Annotated[
+        Seconds,
+        Flag("Seconds that a client may take for its headers, and for a piece of its body.", _LIMITS),
+    ] = 60.0
     max_body_bytes: Annotated[
-        int, Field(ge=1), Flag("Most bytes of a request's body.", _LIMITS)
-    ] = DEFAULT_MAX_BODY_BYTES
+        Annotated[int, Field(ge=1)] | None,
+        Flag(
+            "Most bytes of a request's body; by default 4 MiB and 16 bytes for each token of the "
+            "model's context.",
+            _LIMITS,
+        ),
+    ] = None
     max_header_bytes: Annotated[
         int, Field(ge=1024), Flag("Most bytes of a request's line and headers.", _LIMITS)
     ] = 65536
@@ -110,26 +119,38 @@ class ServerConfig(BaseSettings):
             "prefer HEADLONG_API_KEY or --api-key-file.",
             _SECURITY,
             secret=True,
+            guards=True,
         ),
     ] = ()
     api_key_file: Annotated[
         Path | None,
-        Flag("Keys with names: lines NAME:KEY, or a YAML mapping of names to keys.", _SECURITY),
+        Flag(
+            "Keys with names: lines NAME:KEY, or a YAML mapping of names to keys.",
+            _SECURITY,
+            guards=True,
+        ),
     ] = None
     cors_allow_origin: Annotated[
         Names,
         Flag("Origin whose pages may call the API, or *; may be repeated.", _SECURITY),
     ] = ()
-    ssl_keyfile: Annotated[Path | None, Flag("Private key for TLS, in PEM.", _SECURITY)] = None
+    ssl_keyfile: Annotated[
+        Path | None, Flag("Private key for TLS, in PEM.", _SECURITY, guards=True)
+    ] = None
     ssl_certfile: Annotated[
-        Path | None, Flag("Certificate for TLS, in PEM, with those that it rests on.", _SECURITY)
+        Path | None,
+        Flag("Certificate for TLS, in PEM, with those that it rests on.", _SECURITY, guards=True),
     ] = None
     ssl_keyfile_password: Annotated[
-        SecretStr | None, Flag("Password of --ssl-keyfile.", _SECURITY, secret=True)
+        SecretStr | None, Flag("Password of --ssl-keyfile.", _SECURITY, secret=True, guards=True)
     ] = None
     ssl_ca_certs: Annotated[
         Path | None,
-        Flag("Authorities, in PEM; clients must show a certificate of one of them.", _SECURITY),
+        Flag(
+            "Authorities, in PEM; clients must show a certificate of one of them.",
+            _SECURITY,
+            guards=True,
+        ),
     ] = None
 
     log_format: Annotated[
@@ -154,8 +175,10 @@ class ServerConfig(BaseSettings):
 
     @field_validator("served_model_name")
     @classmethod
-    def _leave_out_empty(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(filter(None, names))
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(str.strip, names)):
+            raise ValueError("a name is empty")
+        return names
 
     @field_validator("cors_allow_origin")
     @classmethod
@@ -168,11 +191,9 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        for name in ("ssl_keyfile", "ssl_ca_certs"):
+        for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_keyfile_password"):
             if getattr(self, name) is not None and self.ssl_certfile is None:
-                raise ConfigError(f"{name} needs ssl_certfile", name)
-        if self.ssl_keyfile_password is not None and self.ssl_certfile is None:
-            raise ConfigError("ssl_keyfile_password needs ssl_certfile", "ssl_keyfile_password")
+                raise ConfigError(f"{name} needs --ssl-certfile", name)
         return self
 
     def with_default_name(self, name: str) -> "ServerConfig":
@@ -216,12 +237,12 @@ def read_environment(settings: type[BaseSettings]) -> dict[str, Any]:
         Values as they stand there, by name of the field.
 
     Raises:
-        ConfigError: A secret's variable is set and empty. Whoever sets it wants to lock the
-            server, and not to leave it open.
+        ConfigError: The variable of a setting that guards is empty. Whoever sets it wants to lock
+            the server, and not to leave it open.
     """
     for name in settings.model_fields:
         variable = ENV_PREFIX + name.upper()
-        if flag_of(settings, name).secret and os.environ.get(variable) == "":
+        if flag_of(settings, name).guards and os.environ.get(variable) == "":
             raise ConfigError(f"the variable {variable} is set, but empty", name)
     return EnvSettingsSource(settings)()
 

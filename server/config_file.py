@@ -17,7 +17,7 @@ class Entry:
     """One key of the file.
 
     Attributes:
-        value: As YAML reads it.
+        value: As YAML reads it; None of a key without a value.
         line: Where the key stands, from 1.
     """
 
@@ -46,8 +46,7 @@ def read_config_file(path: Path, known: Collection[str]) -> ConfigFile:
     """Reads a configuration file.
 
     Args:
-        path: A YAML mapping. A key is the name of a setting, with - or _; a key without a value
-            sets nothing.
+        path: A YAML mapping. A key is the name of a setting, with - or _.
         known: Names of all settings.
 
     Raises:
@@ -63,8 +62,7 @@ def read_config_file(path: Path, known: Collection[str]) -> ConfigFile:
         if name in entries:
             raise ConfigError(f"{place}: {key!r} was set before, in line {entries[name].line}")
         entries[name] = entry
-    given = {name: entry for name, entry in entries.items() if entry.value is not None}
-    return ConfigFile(path, given)
+    return ConfigFile(path, entries)
 
 
 def read_mapping(path: Path) -> list[tuple[object, Entry]]:

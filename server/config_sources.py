@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from headlong.server.config import ENV_PREFIX, read_environment
@@ -60,8 +59,10 @@ class Sources:
                 values[name] = environment[name]
                 self._origins[name] = ENV_PREFIX + name.upper()
             elif self.file is not None and (entry := self.file.entries.get(name)) is not None:
+                if (entry.value is None or entry.value == []) and not flag_of(settings, name).guards:
+                    continue
                 self._origins[name] = self.file.place(entry)
-                _refuse_stray_bool(settings.model_fields[name], name, entry.value)
+                _check_kind(settings, name, entry.value)
                 values[name] = entry.value
         try:
             return settings(**values)
@@ -87,6 +88,14 @@ class Sources:
                 raise
             raise ConfigError(self._say_where(error.param, error.message), error.param) from error
 
+    def _is_of_file(self, name: str) -> bool:
+        entry = self.file.entries.get(name) if self.file is not None else None
+        return (
+            self.file is not None
+            and entry is not None
+            and self.origin(name) == self.file.place(entry)
+        )
+
     def _say_where(self, param: str, message: str) -> str:
         name = param.partition(".")[0]
         origin = self.origin(name)
@@ -94,6 +103,8 @@ class Sources:
             origin = flag_name(name)
         # Its own words begin with the name of the setting, or speak of something else.
         rest = message.removeprefix(param)
+        if self._is_of_file(name):
+            origin += f": {name.replace('_', '-')}"
         if rest != message and rest[:1] in {" ", ":"}:
             return origin + rest
         return f"{origin}: {message}"
@@ -107,17 +118,23 @@ def flag_name(name: str) -> str:
 def _config_error(settings: type[BaseSettings], error: ValidationError) -> ConfigError:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
-    text = ".".join(map(str, first["loc"]))
-    # What a validator of ours says needs no "Value error" before it.
+    which = "".join(f"value {at + 1}: " for at in first["loc"][1:] if isinstance(at, int))
+    # What a validator of ours says needs no "Value error" before it, and people write lists.
     own = first.get("ctx", {}).get("error")
-    message = f"{text}: {own or first['msg']}"
+    message = f"{name}: {which}{own or first['msg'].replace('valid tuple', 'list')}"
     if not flag_of(settings, name).secret:
         message += f", got {first['input']!r}"
     return ConfigError(message, name)
 
 
-def _refuse_stray_bool(info: FieldInfo, name: str, value: object) -> None:
+def _check_kind(settings: type[BaseSettings], name: str, value: object) -> None:
+    """Refuses what a file says and cannot mean."""
+    if flag_of(settings, name).guards and value in (None, "", [], {}):
+        raise ConfigError(f"{name} is set, but empty", name)
+    annotation = settings.model_fields[name].annotation
+    is_switch = bool in (annotation, *get_args(annotation))
+    if is_switch and not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}", name)
     # YAML reads yes and on as true, which would go for the number 1.
-    kinds = (info.annotation, *get_args(info.annotation))
-    if isinstance(value, bool) and bool not in kinds:
+    if isinstance(value, bool) and not is_switch:
         raise ConfigError(f"{name}: got {value}, put the value in quotes if it is text", name)

@@ -45,8 +45,12 @@ def config_text(
                 value = getattr(engine_config, name)
                 if name == "profile" and value is not None:
                     origin = "beside the model"
+            if value is None and flag.default:
+                origin = f"{DEFAULT}: {flag.default}"
             if not flag.secret:
-                lines.append(_line(name, value, origin))
+                # A guard that is set to nothing is refused, in this file too.
+                off = "# " if flag.guards and value is None else ""
+                lines.append(off + _line(name, value, origin))
             elif origin != DEFAULT:
                 lines.append(f"# {_key(name)} is set and not shown: {origin}\n")
     return "".join(lines)

@@ -21,6 +21,7 @@ _HEADS = "Head profile"
 _DEVICE = "Device"
 _CACHE = "KV cache"
 _SCHEDULING = "Scheduling"
+_PROFILES = "the profile's"
 
 
 def _read_window(value: object) -> object:
@@ -46,28 +47,31 @@ class EngineSettings(BaseSettings):
     ] = None
     max_model_len: Annotated[
         int | None,
-        Flag("Most tokens of prompt and completion together. Default: the model's limit.", _MODEL),
+        Flag("Most tokens of prompt and completion together.", _MODEL, default="the model's limit"),
     ] = None
     seed: Annotated[int | None, Flag("Of requests that bring none of their own.", _MODEL)] = None
 
     profile: Annotated[
         str | None,
         Flag(
-            "Head profile; 'none' for a full cache. By default the model folder's profile.json.",
+            "Head profile; 'none' for a full cache.",
             _HEADS,
+            default="the model folder's profile.json, if there is one",
         ),
     ] = None
     sparsity: Annotated[
         float | None,
-        Flag("Fraction of KV heads that stream, in place of the profile's.", _HEADS),
+        Flag("Fraction of KV heads that stream.", _HEADS, default=_PROFILES),
     ] = None
     threshold: Annotated[
-        float | None, Flag("Least score of a retrieval head, in place of the profile's.", _HEADS)
+        float | None, Flag("Least score of a retrieval head.", _HEADS, default=_PROFILES)
     ] = None
-    sink_size: Annotated[int | None, Flag("First tokens that streaming heads keep.", _HEADS)] = None
-    window_size: Annotated[int | None, Flag("Recent tokens that streaming heads keep.", _HEADS)] = (
-        None
-    )
+    sink_size: Annotated[
+        int | None, Flag("First tokens that streaming heads keep.", _HEADS, default=_PROFILES)
+    ] = None
+    window_size: Annotated[
+        int | None, Flag("Recent tokens that streaming heads keep.", _HEADS, default=_PROFILES)
+    ] = None
     canary_rate: Annotated[
         float | None,
         Flag(
@@ -92,18 +96,18 @@ class EngineSettings(BaseSettings):
     gpu_memory_utilization: Annotated[
         float | None,
         Flag(
-            "Fraction of a CUDA device's memory for weights, activations and KV cache. "
-            "Default 0.9.",
+            "Fraction of a CUDA device's memory for weights, activations and KV cache.",
             _DEVICE,
+            default="0.9",
         ),
     ] = None
 
     kv_cache_memory_bytes: Annotated[
         int | None,
         Flag(
-            "Size of the KV cache. Default: 1 GiB on a CPU, else what --gpu-memory-utilization "
-            "leaves.",
+            "Size of the KV cache.",
             _CACHE,
+            default="1 GiB on a CPU, else what --gpu-memory-utilization leaves",
         ),
     ] = None
     block_size: Annotated[int | None, Flag("Tokens of a cache page.", _CACHE)] = None
@@ -137,9 +141,9 @@ class EngineSettings(BaseSettings):
     chunked_prefill_size: Annotated[
         int | None,
         Flag(
-            "Most prompt tokens of a step in which others decode. Default: a quarter of "
-            "--max-num-batched-tokens.",
+            "Most prompt tokens of a step in which others decode.",
             _SCHEDULING,
+            default="a quarter of --max-num-batched-tokens",
         ),
     ] = None
 

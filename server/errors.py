@@ -6,6 +6,7 @@ HeadlongError                    500
 ├── AuthenticationError          401   no API key, or one that is not known
 ├── ModelNotFoundError           404   the request names a model that is not served
 ├── ResponseNotFoundError        404   responses are asked for, and none are stored
+├── RequestTimeoutError          408   the rest of the request did not come
 ├── RequestTooLargeError         413   the body is over the limit
 ├── UnsupportedMediaTypeError    415   the body is no JSON by its Content-Type
 ├── QueueFullError               429   try again later
@@ -76,6 +77,14 @@ class ResponseNotFoundError(HeadlongError):
     status = 404
     type = "invalid_request_error"
     code = "response_not_found"
+
+
+class RequestTimeoutError(HeadlongError):
+    """The rest of the request did not come in time."""
+
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
 
 
 class RequestTooLargeError(HeadlongError):

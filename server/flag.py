@@ -10,15 +10,19 @@ class Flag:
     """How a setting is shown to people.
 
     Attributes:
-        help: One or two sentences; a default that says something by itself is added to them.
+        help: One or two sentences; the default is added to them.
         panel: The heading it stands under.
         secret: Its value is never printed.
+        guards: It keeps somebody out: set to nothing it is refused, and never left out quietly.
+        default: What holds without it, in words, where no value says so.
         kind: Its type on the command line, where that is not its field's.
     """
 
     help: str
     panel: str
     secret: bool = False
+    guards: bool = False
+    default: str = ""
     kind: type[str] | None = None
 
 

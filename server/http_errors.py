@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
-from headlong.server.errors import AuthenticationError, HeadlongError
+from headlong.server.errors import AuthenticationError, HeadlongError, RequestTimeoutError
 from headlong.server.schemas_common import ErrorBody, ErrorResponse
 
 CLIENT_CLOSED_REQUEST = 499
@@ -90,6 +90,9 @@ def error_response(error: Exception) -> Response:
     if isinstance(error, AuthenticationError):
         for challenge in CHALLENGES:
             response.headers.append("WWW-Authenticate", challenge)
+    if isinstance(error, RequestTimeoutError):
+        # What comes yet belongs to this request.
+        response.headers["Connection"] = "close"
     return response
 
 

@@ -1,6 +1,7 @@
 """Runs the application on a socket until a signal comes or the engine dies."""
 
 import asyncio
+import errno
 import math
 import socket
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from headlong.server.config import ServerConfig
 from headlong.server.draining_server import DrainingServer
 from headlong.server.errors import ConfigError
 from headlong.server.logs import log_config
+from headlong.server.receive_timeout import timed_protocol
 from headlong.server.tls import tls_options
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise _cannot_listen(host, port, error) from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,7 +75,7 @@ def listen(app: FastAPI, engine: "AsyncEngine", sock: socket.socket, config: Ser
     uvicorn_config = uvicorn.Config(
         app,
         # It bounds the size of headers, which httptools does not.
-        http="h11",
+        http=timed_protocol(config.receive_timeout),
         ws="none",
         lifespan="on",
         server_header=False,
@@ -97,5 +99,13 @@ def listen(app: FastAPI, engine: "AsyncEngine", sock: socket.socket, config: Ser
     return 1 if server.engine_died or not server.started else 0
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}", "port")
+def _cannot_listen(host: str, port: int, error: OSError | UnicodeError) -> ConfigError:
+    # A name that is none, and one that is too long or has an empty part.
+    is_hosts = isinstance(error, socket.gaierror | UnicodeError)
+    if isinstance(error, OSError):
+        is_hosts = is_hosts or error.errno == errno.EADDRNOTAVAIL
+        reason = error.strerror or str(error)
+    else:
+        reason = "not a name of a host"
+    message = f"cannot listen on {host}:{port}: {reason}"
+    return ConfigError(message, "host" if is_hosts else "port")

@@ -33,7 +33,7 @@ class RequestLogMiddleware:
 
     Args:
         app: The application inside.
-        on_rejected: Told why a POST was turned away.
+        on_rejected: Told why a POST, or what came without a known key, was turned away.
         log_bodies: Whether the beginning of each body is logged, too.
     """
 
@@ -80,7 +80,9 @@ class RequestLogMiddleware:
         state, path = scope["state"], _path(scope)
         code = state.get("error_code") if status >= 400 else None
         turned_away = status < 500 or status == 503
-        if code is not None and turned_away and scope["method"] == "POST":
+        # What has no key is counted whatever it asks for: so does guessing keys show.
+        counts = scope["method"] == "POST" or status == 401
+        if code is not None and turned_away and counts:
             self._on_rejected(code)
         level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
         fields = {

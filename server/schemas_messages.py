@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Discriminator,
     Field,
     JsonValue,
@@ -11,13 +12,14 @@ from pydantic import (
     Tag,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_json
 
 from headlong.server.schemas_common import RequestModel
 from headlong.server.schemas_tools import SentToolCalls
 
 MAX_MESSAGES = 16_384
 MAX_PARTS = 4096
+MAX_TEMPLATE_KWARGS_BYTES = 64 << 10
 
 
 class TextPart(RequestModel):
@@ -74,6 +76,17 @@ class ChatMessage(RequestModel):
     tool_call_id: StrictStr | None = None
 
 
+def _check_template_kwargs(variables: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    size = len(to_json(variables))
+    if size > MAX_TEMPLATE_KWARGS_BYTES:
+        raise PydanticCustomError(
+            "template_kwargs_size",
+            "must be {limit} bytes or fewer as JSON, got {size}",
+            {"limit": MAX_TEMPLATE_KWARGS_BYTES, "size": size},
+        )
+    return variables
+
+
 class TemplateFields(RequestModel):
     """How a chat template is rendered.
 
@@ -87,7 +100,9 @@ class TemplateFields(RequestModel):
 
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
-    chat_template_kwargs: dict[str, JsonValue] | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, JsonValue], AfterValidator(_check_template_kwargs)] | None
+    ) = None
     add_special_tokens: StrictBool | None = None
 
 

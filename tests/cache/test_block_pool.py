@@ -194,7 +194,7 @@ def test_what_is_forgotten_is_free() -> None:
     pool.check_integrity([held])
 
 
-@pytest.mark.parametrize("damage", ["_keys", "_found", "_cached", "_free", "_evicted"])
+@pytest.mark.parametrize("damage", ["_keys", "_found", "_kept", "_free", "_evicted"])
 def test_integrity_fails_if_a_cached_block_is_not_what_it_should_be(damage: str) -> None:
     pool = BlockPool(2)
     (block,) = keyed(pool, b"a")
@@ -202,8 +202,8 @@ def test_integrity_fails_if_a_cached_block_is_not_what_it_should_be(damage: str)
         pool._keys[block] = None
     elif damage == "_found":
         pool._found[b"b"] = block
-    elif damage == "_cached":
-        del pool._cached[block]
+    elif damage == "_kept":
+        del pool._kept[block]
     elif damage == "_free":
         pool._free.append(block)
     else:

@@ -1,35 +1,24 @@
 from collections.abc import Sequence
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headlong.cache.block_pool import OutOfBlocksError
-from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import BlockCopy, KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.layout import PageLayout, build_arena_layout
+from support import caches
 
 STREAMING = HeadPolicy(sink_size=3, window_size=6)
 
 
 def build_cache(
-    policies: Sequence[HeadPolicy],
-    block_sizes: Sequence[int],
-    num_blocks: Sequence[int],
-    *,
-    prefix_caching: bool = False,
+    policies: Sequence[HeadPolicy], block_sizes: Sequence[int], num_blocks: Sequence[int]
 ) -> KVCache:
-    groups = [HeadGroup(f"g{i}", policy, ((0, i),)) for i, policy in enumerate(policies)]
-    layout = build_arena_layout(
-        members=tuple(group.members for group in groups),
-        pages=tuple(PageLayout(size, 2, torch.float32) for size in block_sizes),
-        num_blocks=tuple(num_blocks),
-    )
-    return KVCache(groups, layout, prefix_caching=prefix_caching)
+    named = {f"g{index}": policy for index, policy in enumerate(policies)}
+    return caches.build_cache(named, num_blocks, block_sizes, prefix_caching=False)
 
 
 def reaching(cache: KVCache, num_tokens: int, sequence: SequenceCache | None = None) -> Reservation:
@@ -62,6 +51,21 @@ def test_running_out_in_the_last_group_takes_nothing_from_the_first() -> None:
     cache.extend(sequence, 8)
     assert cache.max_extension(sequence, 1) == 0
     cache.check_integrity()
+
+
+def test_a_window_takes_its_new_block_before_it_gives_the_old_one_back() -> None:
+    # The query at 8 sees 3 to 8: block 0 is still needed when block 2 begins.
+    window = HeadPolicy(sink_size=0, window_size=6)
+    assert (window.steady_blocks(9, 4), window.step_blocks(9, 4)) == (2, 3)
+    for num_blocks in (2, 3):
+        cache = build_cache([window], [4], [num_blocks])
+        assert cache.fits(8)
+        assert cache.fits(9) == cache.has_room(reaching(cache, 9), []) == (num_blocks == 3)
+        sequence = cache.begin()
+        for _ in range(8):
+            cache.extend(sequence, 1)
+            cache.release_expired(sequence)
+        assert cache.max_extension(sequence, 1) == num_blocks - 2
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_partly_filled_one() -> None:

@@ -3,38 +3,21 @@
 from collections.abc import Sequence
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headlong.cache.groups import HeadGroup
+from headlong.cache.block_pool import PASSED_SHARE
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.layout import PageLayout, build_arena_layout
+from support.caches import build_cache
 
 STREAMING = HeadPolicy(sink_size=3, window_size=6)
 SLIDING = HeadPolicy(sink_size=0, window_size=5)
 
 
-def build_cache(
-    groups: dict[str, HeadPolicy], num_blocks: int | Sequence[int] = 64, block_size: int = 4
-) -> KVCache:
-    head_groups = [
-        HeadGroup(name, policy, ((0, head),)) for head, (name, policy) in enumerate(groups.items())
-    ]
-    if isinstance(num_blocks, int):
-        num_blocks = [num_blocks] * len(groups)
-    layout = build_arena_layout(
-        members=tuple(group.members for group in head_groups),
-        pages=(PageLayout(block_size, 2, torch.float32),) * len(groups),
-        num_blocks=tuple(num_blocks),
-    )
-    return KVCache(head_groups, layout, namespace=b"model")
-
-
-def build_mixed(num_blocks: int | Sequence[int] = 64) -> KVCache:
+def build_mixed(num_blocks: Sequence[int] = (64, 64)) -> KVCache:
     return build_cache({"retrieval": RETRIEVAL, "streaming": STREAMING}, num_blocks)
 
 
@@ -135,12 +118,13 @@ def test_the_next_turn_goes_on_from_the_last_full_block(
 ) -> None:
     policies = {"retrieval": RETRIEVAL, "streaming": streaming, "sliding": SLIDING}
     groups = {name: policy for name, policy in policies.items() if name in names}
-    cache = build_cache(groups, 100, block_size)
+    cache = build_cache(groups, [100] * len(groups), block_size)
     turn = Runner(cache, range(prompt), chunk=chunk).run().grow(answer).free()
     num_blocks = (prompt + answer) // block_size
-    # Others take all that the next turn can do without.
+    # Others take all that the next turn can do without, but for passed blocks that may stay.
     for policy, pool in zip(groups.values(), cache.pools, strict=True):
-        pool.allocate(100 - len(policy.reachable_blocks(num_blocks, block_size)))
+        needed = len(policy.reachable_blocks(num_blocks, block_size))
+        pool.allocate(100 - needed - 100 // PASSED_SHARE)
     match = cache.match(turn.keys, prompt + answer + 1)
     assert match.num_tokens == num_blocks * block_size
 
@@ -155,7 +139,7 @@ def test_a_turn_that_fills_no_block_still_keeps_its_window() -> None:
     turn.run()
     assert turn.cache.tables[1].find(3) is None
     turn.free()
-    cache.pools[1].allocate(8 - len(STREAMING.reachable_blocks(5, 4)))
+    cache.pools[1].allocate(8 - len(STREAMING.reachable_blocks(5, 4)) - 8 // PASSED_SHARE)
     assert cache.match(turn.keys, 22).num_tokens == 20
 
 
@@ -169,12 +153,12 @@ def test_a_turn_that_ends_before_it_publishes_still_keeps_its_window() -> None:
     # Used after block 3 was given back, and yet older than the end of the turn.
     Runner(cache, [7] * 5).run().free()
     turn.free()
-    cache.pools[1].allocate(10 - len(STREAMING.reachable_blocks(5, 4)))
+    cache.pools[1].allocate(10 - len(STREAMING.reachable_blocks(5, 4)) - 10 // PASSED_SHARE)
     assert cache.match(turn.keys, 22).num_tokens == 20
 
 
 def test_of_a_freed_sequence_the_tail_is_evicted_first_and_the_head_last() -> None:
-    cache = build_cache({"retrieval": RETRIEVAL}, 6)
+    cache = build_cache({"retrieval": RETRIEVAL}, [6])
     runner = Runner(cache, range(24)).run().free()
     for num_evicted in range(1, 7):
         cache.pools[0].allocate(1)
@@ -184,13 +168,33 @@ def test_of_a_freed_sequence_the_tail_is_evicted_first_and_the_head_last() -> No
 def test_sinks_are_evicted_after_the_window() -> None:
     cache = build_mixed([64, 8])
     runner = Runner(cache, range(24)).run().free()
-    cache.pools[1].allocate(7)
+    cache.pools[1].allocate(5)
     found = [cache.pools[1].find(key) is not None for key in runner.keys.blocks]
-    assert found == [True] + [False] * 5
+    # Block 1 is the oldest that the window passed; of what was kept, 4 and 5 are the window.
+    assert found == [True, False, True, True, False, False]
+
+
+def test_a_long_prompt_does_not_push_out_what_conversations_go_on_from() -> None:
+    cache = build_mixed([400, 60])
+    talks = [Runner(cache, [each] * 22).run().free() for each in range(3, 8)]
+    Runner(cache, range(100, 1300), chunk=40).run().free()
+    assert [cache.match(talk.keys, 22).num_tokens for talk in talks] == [20] * 5
+
+
+def test_a_passed_block_that_was_found_is_kept() -> None:
+    """The end of a prompt that others begin with, in the middle of their own."""
+    cache = build_mixed([400, 40])
+    system = list(range(20))
+    Runner(cache, [*system, *[50] * 100]).run().free()
+    hit = Runner(cache, [*system, *[60] * 100])
+    assert hit.match.num_tokens == 20
+    hit.run().free()
+    Runner(cache, range(100, 1300), chunk=40).run().free()
+    assert Runner(cache, [*system, 70]).match.num_tokens == 20
 
 
 def test_the_conversation_that_was_used_longest_ago_is_evicted_first() -> None:
-    cache = build_cache({"retrieval": RETRIEVAL}, 9)
+    cache = build_cache({"retrieval": RETRIEVAL}, [9])
     first = Runner(cache, [1] * 12).run().free()
     second = Runner(cache, [2] * 12).run().free()
     Runner(cache, first.tokens).run().free()
@@ -202,7 +206,7 @@ def test_the_conversation_that_was_used_longest_ago_is_evicted_first() -> None:
 
 
 def test_what_an_equal_sequence_computed_at_the_same_time_counts_as_used() -> None:
-    cache = build_cache({"retrieval": RETRIEVAL}, 12)
+    cache = build_cache({"retrieval": RETRIEVAL}, [12])
     twins = [Runner(cache, [1] * 12) for _ in range(2)]
     for twin in twins:
         twin.run()
@@ -256,7 +260,9 @@ def test_the_full_cache_is_a_policy_like_others() -> None:
 
 
 def test_only_the_streaming_group_takes_another_policy() -> None:
-    cache = build_cache({"retrieval": RETRIEVAL, "streaming": STREAMING, "sliding-5": SLIDING})
+    cache = build_cache(
+        {"retrieval": RETRIEVAL, "streaming": STREAMING, "sliding-5": SLIDING}, [8, 8, 8]
+    )
     assert cache.policies() == (RETRIEVAL, STREAMING, SLIDING)
     assert cache.policies(RETRIEVAL) == (RETRIEVAL, RETRIEVAL, SLIDING)
 
@@ -328,6 +334,7 @@ def test_forks_leave_their_own_ends_to_be_found() -> None:
     cache = build_mixed()
     parent = Runner(cache, range(18)).run()
     child, _ = cache.fork(parent.cache)
+    assert child.num_published == parent.cache.num_published == 4
     keys = parent.keys.copy()
     cache.extend(child, 10)
     tokens = [*range(18), *[77] * 10]
@@ -351,18 +358,10 @@ def test_a_sequence_that_lost_its_blocks_finds_them_again() -> None:
 
 
 def test_without_prefix_caching_nothing_is_found_and_nothing_missed() -> None:
-    layout = build_arena_layout(
-        members=(((0, 0),), ((0, 1),)),
-        pages=(PageLayout(4, 2, torch.float32), PageLayout(2, 2, torch.float32)),
-        num_blocks=(8, 8),
-    )
-    groups = [
-        HeadGroup("retrieval", RETRIEVAL, ((0, 0),)),
-        HeadGroup("streaming", STREAMING, ((0, 1),)),
-    ]
+    policies = {"retrieval": RETRIEVAL, "streaming": STREAMING}
     with pytest.raises(ValueError, match=r"one block size, got \(4, 2\)"):
-        KVCache(groups, layout)
-    cache = KVCache(groups, layout, prefix_caching=False)
+        build_cache(policies, [8, 8], [4, 2])
+    cache = build_cache(policies, [8, 8], [4, 2], prefix_caching=False)
     runner = Runner(cache, range(10)).run()
     assert cache.cached_blocks == (0, 0)
     runner.free()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,13 +22,11 @@ from hypothesis.stateful import (
 )
 
 from headlong.cache.block_pool import OutOfBlocksError
-from headlong.cache.groups import HeadGroup
-from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 from headlong.cache.prefix_match import PrefixMatch
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.layout import PageLayout, build_arena_layout
+from support.caches import build_cache
 from support.slots import slot
 from support.visibility import is_visible, reachable
 
@@ -88,14 +85,10 @@ class PrefixMachine(RuleBasedStateMachine):
         block_size: int,
         num_blocks: tuple[int, int, int],
     ) -> None:
-        names = ("retrieval", RETRIEVAL), ("streaming", streaming), ("sliding", sliding)
-        groups = tuple(HeadGroup(*names[kind], ((0, kind),)) for kind in kinds)
-        layout = build_arena_layout(
-            members=tuple(group.members for group in groups),
-            pages=(PageLayout(block_size, 2, torch.float32),) * len(groups),
-            num_blocks=tuple(num_blocks[kind] for kind in kinds),
+        named = (("retrieval", RETRIEVAL), ("streaming", streaming), ("sliding", sliding))
+        self.cache = build_cache(
+            dict(named[kind] for kind in kinds), [num_blocks[kind] for kind in kinds], block_size
         )
-        self.cache = KVCache(groups, layout)
         self.block_size = block_size
         wider = HeadPolicy(streaming.sink_size + 2, streaming.window_size + 3)
         self.policies = [self.cache.policies(each) for each in (None, wider, RETRIEVAL)]
@@ -283,7 +276,13 @@ class PrefixMachine(RuleBasedStateMachine):
     def _bookkeeping(self) -> list[object]:
         """All that a refused call has to leave alone, the order of eviction included."""
         return [
-            (list(pool._free), list(pool._cached), list(pool._counts), list(pool._keys))
+            (
+                list(pool._free),
+                list(pool._kept),
+                list(pool._passed),
+                list(pool._counts),
+                list(pool._keys),
+            )
             for pool in self.cache.pools
         ]
 

@@ -5,33 +5,17 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
-import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 from headlong.cache.reservation import Reservation
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.layout import PageLayout, build_arena_layout
+from support.caches import build_cache
 
 STREAMING = HeadPolicy(sink_size=3, window_size=6)
-
-
-def build_cache(
-    groups: dict[str, HeadPolicy], num_blocks: Sequence[int], block_size: int = 4
-) -> KVCache:
-    head_groups = [
-        HeadGroup(name, policy, ((0, head),)) for head, (name, policy) in enumerate(groups.items())
-    ]
-    layout = build_arena_layout(
-        members=tuple(group.members for group in head_groups),
-        pages=(PageLayout(block_size, 2, torch.float32),) * len(groups),
-        num_blocks=tuple(num_blocks),
-    )
-    return KVCache(head_groups, layout)
 
 
 def build_mixed(num_blocks: Sequence[int]) -> KVCache:
