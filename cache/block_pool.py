@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 PASSED_SHARE = 4
-"""Passed blocks may take this part of the blocks before they are evicted first."""
+"""Passed blocks are evicted first while they are more than one in so many blocks."""
 
 REMEMBERED = 4
 """Keys of evicted blocks that are remembered, as a multiple of the blocks."""
@@ -40,7 +40,7 @@ class BlockPool:
         self._free = deque(range(num_blocks))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._passed: OrderedDict[int, None] = OrderedDict()
-        # Blocks that a sequence found under the key that they have now.
+        # Blocks that a second sequence has had, a fork included, since they were allocated.
         self._was_found: set[int] = set()
         self._counts = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
@@ -196,6 +196,7 @@ class BlockPool:
                 f"block {block}: {holders[block]} holders, counted {count}"
             )
             key = self._keys[block]
+            assert not (free[block] and block in self._was_found), f"block {block}: free and found"
             places = free[block] + (block in self._kept) + (block in self._passed)
             assert places == (count == 0), f"block {block}: {count} owners, {places} places"
             assert free[block] == (count == 0 and key is None), f"block {block}: free with a key"

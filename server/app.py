@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from headlong.server.api_keys import read_api_keys
+from headlong.server.api_keys import ApiKeys, read_api_keys
 from headlong.server.auth import AuthMiddleware
 from headlong.server.body_limit import BodyLimitMiddleware, default_max_body_bytes
 from headlong.server.config import ServerConfig
 from headlong.server.http_errors import install_error_handlers
 from headlong.server.joined_observer import JoinedObserver
 from headlong.server.metrics import Metrics
+from headlong.server.openapi import DocumentedAPI
 from headlong.server.prompts import PromptEncoder
 from headlong.server.receive_timeout import ReceiveTimeoutMiddleware
 from headlong.server.recent import RecentFigures
@@ -48,9 +49,10 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         An ASGI application.
 
     Raises:
-        ConfigError: The chat template or the keys cannot be read.
+        ConfigError: The chat template or the keys cannot be read, or the template is no Jinja.
     """
     chat_template = config.read_chat_template()
+    keys = read_api_keys(config)
     serving = Serving(
         engine=engine,
         prompts=PromptEncoder(
@@ -76,7 +78,8 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         finally:
             await engine.shutdown()
 
-    app = FastAPI(
+    app = DocumentedAPI(
+        needs_key=bool(keys),
         title="Headlong",
         version=version("headlong"),
         lifespan=lifespan,
@@ -87,7 +90,7 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         redirect_slashes=False,
     )
     max_body_bytes = config.max_body_bytes or default_max_body_bytes(engine.max_model_len)
-    _add_middleware(app, config, metrics, max_body_bytes)
+    _add_middleware(app, config, metrics, keys, max_body_bytes)
     install_error_handlers(app)
     for make_router in (
         completions_router,
@@ -105,13 +108,17 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
 
 
 def _add_middleware(
-    app: FastAPI, config: ServerConfig, metrics: Metrics, max_body_bytes: int
+    app: FastAPI,
+    config: ServerConfig,
+    metrics: Metrics,
+    keys: ApiKeys,
+    max_body_bytes: int,
 ) -> None:
     """Wraps the application, from the inside out."""
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(ReceiveTimeoutMiddleware, receive_timeout=config.receive_timeout)
     app.add_middleware(SendTimeoutMiddleware, send_timeout=config.send_timeout)
-    if keys := read_api_keys(config):
+    if keys:
         app.add_middleware(AuthMiddleware, keys=keys)
     if config.cors_allow_origin:
         # Browsers ask for permission without a key.

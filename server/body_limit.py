@@ -5,7 +5,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headlong.server.errors import RequestTooLargeError
 
-
 BASE_BYTES = 4 << 20
 BYTES_PER_TOKEN = 16
 

@@ -4,7 +4,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headlong.server.errors import InvalidRequestError
+from jinja2 import TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from headlong.server.errors import ConfigError, InvalidRequestError
 from headlong.server.http_errors import shorten
 from headlong.server.schemas_messages import ChatMessage, Conversation
 from headlong.server.tool_calls import template_calls
@@ -23,11 +26,16 @@ class ChatTemplate:
     Args:
         tokenizer: The model's.
         source: Jinja source that replaces the tokenizer's own template.
+
+    Raises:
+        ConfigError: The template is no Jinja.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", source: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._source = source
+        if self.source is not None:
+            _check_syntax(self.source)
         # Those have a meaning of their own, to transformers or to the templates.
         self._reserved = {
             "messages",
@@ -111,6 +119,17 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template refused the messages: {reason}", "messages"
             ) from error
+
+
+def _check_syntax(source: str) -> None:
+    try:
+        # Without conversations it is compiled, by what will render it, and not run.
+        render_jinja_template([], chat_template=source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template has a fault in line {error.lineno}: {error.message}",
+            "chat_template",
+        ) from error
 
 
 def _template_message(message: ChatMessage, prefix: str) -> dict[str, Any]:

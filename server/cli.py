@@ -68,7 +68,10 @@ def serve(
         Path | None, typer.Option(help="YAML file of settings; its keys are the flags' names.")
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all settings as such a file, and end.")
+        bool,
+        typer.Option(
+            "--print-config", help="Print all settings as such a file, and end.", metavar=""
+        ),
     ] = False,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
@@ -122,7 +125,9 @@ def generate(
     chat: Annotated[
         bool | None,
         typer.Option(
-            "--chat/--no-chat", help="Use the chat template; by default if the model has one."
+            "--chat/--no-chat",
+            help="Use the chat template; by default if the model has one.",
+            metavar="",
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,

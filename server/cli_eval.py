@@ -63,7 +63,8 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             help="Head profile to judge; may be repeated. By default the model folder's "
-            "profile.json, unless there are --methods."
+            "profile.json, unless there are --methods.",
+            metavar="<path>",
         ),
     ] = None,
     methods: Annotated[
@@ -78,7 +79,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="METHOD.NAME=VALUE, a setting of a method; NAME=VALUE if one is scored. May be "
-            "repeated."
+            "repeated.",
+            metavar="<str>",
         ),
     ] = None,
     sparsity: Annotated[

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 GIVEN = "given"
 """The parameter of a command that receives its settings."""
 
+# A switch takes no value, and a list takes one at a time.
+_METAVARS: dict[Any, str] = {bool: "", list[str]: "<str>"}
 _ENGINE_DEFAULTS = {each.name: each.default for each in fields(EngineConfig)}
 
 
@@ -96,12 +98,20 @@ def option(settings: type[BaseSettings], name: str) -> Any:
     text = flag.help
     if said := flag.default or _said(default_of(settings, name)):
         text += f" Default: {said}."
-    return typer.Option(declaration, help=text, rich_help_panel=flag.panel)
+    return typer.Option(
+        declaration,
+        help=text,
+        metavar=_METAVARS.get(_type(settings, name)),
+        rich_help_panel=flag.panel,
+    )
 
 
 def _annotation(settings: type[BaseSettings], name: str) -> Any:
-    kind = flag_of(settings, name).kind or _kind(settings.model_fields[name].annotation)
-    return Annotated[kind | None, option(settings, name)]
+    return Annotated[_type(settings, name) | None, option(settings, name)]
+
+
+def _type(settings: type[BaseSettings], name: str) -> Any:
+    return flag_of(settings, name).kind or _kind(settings.model_fields[name].annotation)
 
 
 def _kind(annotation: Any) -> Any:

@@ -65,7 +65,7 @@ def score(
     ] = "retrieval",
     setting: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE, a setting of the method; may be repeated."),
+        typer.Option(help="NAME=VALUE, a setting of the method; may be repeated.", metavar="<str>"),
     ] = None,
     sparsity: Annotated[
         float | None,
@@ -135,7 +135,9 @@ def show(
     profile: Annotated[Path, typer.Argument(help=_SHOWN)],
     sparsity: opt.Sparsity = None,
     threshold: opt.Threshold = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object.", metavar="")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the head map, as PNG.")] = None,
 ) -> None:
     """Show a profile's heads, and what memory its labels save."""
@@ -166,7 +168,9 @@ def show(
 def compare(
     first: Annotated[Path, typer.Argument(help=_SHOWN)],
     second: Annotated[Path, typer.Argument(help="Another of the same model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object.", metavar="")
+    ] = False,
 ) -> None:
     """Compare two profiles of one model: rank correlation, and overlap at each sparsity."""
     from headlong.profiling.compare import compare_profiles

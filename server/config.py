@@ -98,7 +98,9 @@ class ServerConfig(BaseSettings):
     ] = 60.0
     receive_timeout: Annotated[
         Seconds,
-        Flag("Seconds that a client may take for its headers, and for a piece of its body.", _LIMITS),
+        Flag(
+            "Seconds that a client may take for its headers, and for a piece of its body.", _LIMITS
+        ),
     ] = 60.0
     max_body_bytes: Annotated[
         Annotated[int, Field(ge=1)] | None,

@@ -43,6 +43,7 @@ class Sources:
     given: Mapping[str, object]
     file: ConfigFile | None = None
     _origins: dict[str, str] = field(default_factory=dict, init=False)
+    _of_file: set[str] = field(default_factory=set, init=False)
 
     def read(self, settings: type[S]) -> S:
         """Reads the settings of one class.
@@ -59,9 +60,10 @@ class Sources:
                 values[name] = environment[name]
                 self._origins[name] = ENV_PREFIX + name.upper()
             elif self.file is not None and (entry := self.file.entries.get(name)) is not None:
-                if (entry.value is None or entry.value == []) and not flag_of(settings, name).guards:
+                if entry.value in (None, []) and not flag_of(settings, name).guards:
                     continue
                 self._origins[name] = self.file.place(entry)
+                self._of_file.add(name)
                 _check_kind(settings, name, entry.value)
                 values[name] = entry.value
         try:
@@ -88,14 +90,6 @@ class Sources:
                 raise
             raise ConfigError(self._say_where(error.param, error.message), error.param) from error
 
-    def _is_of_file(self, name: str) -> bool:
-        entry = self.file.entries.get(name) if self.file is not None else None
-        return (
-            self.file is not None
-            and entry is not None
-            and self.origin(name) == self.file.place(entry)
-        )
-
     def _say_where(self, param: str, message: str) -> str:
         name = param.partition(".")[0]
         origin = self.origin(name)
@@ -103,7 +97,7 @@ class Sources:
             origin = flag_name(name)
         # Its own words begin with the name of the setting, or speak of something else.
         rest = message.removeprefix(param)
-        if self._is_of_file(name):
+        if name in self._of_file:
             origin += f": {name.replace('_', '-')}"
         if rest != message and rest[:1] in {" ", ":"}:
             return origin + rest

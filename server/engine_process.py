@@ -44,6 +44,7 @@ class EngineProcess(EngineLink):
         config: What to load and how.
         log_config: How the process logs, for `logging.config.dictConfig`.
         faults: What is to go wrong.
+        progress_bars: Whether libraries may draw them on standard error, among the logs.
 
     Raises:
         ConfigError: The engine cannot start with this configuration.
@@ -56,6 +57,8 @@ class EngineProcess(EngineLink):
         config: EngineConfig,
         log_config: Mapping[str, Any],
         faults: Faults | None = None,
+        *,
+        progress_bars: bool = True,
     ) -> None:
         self._closing = False
         self._transport: asyncio.Transport | None = None
@@ -72,7 +75,7 @@ class EngineProcess(EngineLink):
                 start_new_session=True,
             )
         try:
-            self._sock.sendall(encode(Start(config, dict(log_config), faults)))
+            self._sock.sendall(encode(Start(config, dict(log_config), faults, progress_bars)))
             # Imported while the engine loads.
             from headlong.server.engine.tokenizer import load_tokenizer  # noqa: PLC0415
 

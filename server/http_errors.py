@@ -25,6 +25,11 @@ MAX_LISTED_ERRORS = 10
 MAX_MESSAGE_CHARS = 2000
 MAX_PIECE_CHARS = 150
 
+BODY_ERRORS = (400, 401, 404, 408, 413, 415, 500)
+"""Statuses of the endpoints that read a body."""
+GENERATION_ERRORS = (*BODY_ERRORS, 429, 503, 504)
+"""Statuses of the endpoints that generate text."""
+
 ResponseDocs = dict[int | str, dict[str, Any]]
 
 
@@ -32,17 +37,15 @@ def error_docs(*statuses: int) -> ResponseDocs:
     """Documents the errors of a route.
 
     Args:
-        statuses: Those that clients should expect of it.
+        statuses: All that it answers with.
 
     Returns:
-        FastAPI's `responses`, with "default" for any other.
+        FastAPI's `responses`.
     """
-    docs: ResponseDocs = {
+    return {
         status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase}
         for status in statuses
     }
-    docs["default"] = {"model": ErrorResponse, "description": "Any other error"}
-    return docs
 
 
 def install_error_handlers(app: FastAPI) -> None:

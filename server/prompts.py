@@ -190,11 +190,18 @@ class PromptEncoder:
                     param,
                 )
         # What lies before these characters cannot be among the last tokens that fit the context.
-        encoded = self._encode([text[-self._max_chars :] for text in texts], special)
-        if not all(encoded):
-            raise InvalidRequestError(f"{param} has no tokens", param)
         prompts: list[EncodedPrompt] = []
-        for text, token_ids in zip(texts, encoded, strict=True):
+        # One by one, so that the first that does not fit spares the others.
+        for text in texts:
+            token_ids = self._encode(text[-self._max_chars :], special)
+            if not token_ids:
+                raise InvalidRequestError(f"{param} has no tokens", param)
+            if len(token_ids) > self._max_model_len and keep is None:
+                raise ContextLengthError(
+                    f"this model's context is {self._max_model_len} tokens, and {param} has "
+                    f"{len(token_ids)}",
+                    param,
+                )
             kept = _last(token_ids, keep)
             whole = len(kept) == len(token_ids) and len(text) <= self._max_chars
             prompts.append(EncodedPrompt(kept, text if whole else None))
@@ -206,17 +213,17 @@ class PromptEncoder:
             raise InvalidRequestError(
                 f"{param} has {len(text)} characters, no more than {limit} are tokenized", param
             )
-        return self._encode([text], special)[0]
+        return self._encode(text, special)
 
-    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+    def _encode(self, text: str, special: bool) -> list[int]:
         encoding = self.tokenizer(
-            texts,
+            text,
             add_special_tokens=special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        token_ids: list[list[int]] = encoding["input_ids"]
+        token_ids: list[int] = encoding["input_ids"]
         return token_ids
 
 

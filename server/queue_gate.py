@@ -9,6 +9,7 @@ from types import TracebackType
 from headlong.server.errors import InvalidRequestError, QueueFullError
 
 MAX_RETRY_AFTER_S = 60
+UNKNOWN_RETRY_AFTER_S = 5
 RECENT_DEPARTURES = 64
 RECENT_S = 60.0
 
@@ -93,11 +94,12 @@ class QueueGate:
     def retry_after_s(self) -> int:
         """Seconds in which the present queue is gone at the recent rate of departures, 1 to 60.
 
+        5 where nothing left lately: a server that was quiet until now may soon have places.
         Not the time until one place is free: all that were turned away would come back at once.
         """
         now = self._clock()
         recent = [each for each in self._departures if now - each <= RECENT_S]
         if not recent:
-            return MAX_RETRY_AFTER_S
+            return UNKNOWN_RETRY_AFTER_S
         rate = len(recent) / max(now - recent[0], 1.0)
         return min(max(math.ceil(self.num_queued / rate), 1), MAX_RETRY_AFTER_S)

@@ -87,7 +87,7 @@ class OutputBuilder:
             return [ContentText(delta.text)] if delta.text else []
         events = self._parser.push(delta.text)
         if delta.finish_reason is not None:
-            events += self._parser.finish()
+            events += self._parser.finish(cut=delta.finish_reason == "length")
         return events
 
     def _say(self, text: str) -> list[ResponseEvent]:

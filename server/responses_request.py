@@ -31,7 +31,12 @@ from headlong.server.schemas_tools import (
     ToolChoice,
 )
 from headlong.server.structures import json_schema_structure, structure_of
-from headlong.server.unsupported import RESPONSES_FIELDS, RESPONSES_HINTS, refuse_unsupported
+from headlong.server.unsupported import (
+    RESPONSES_FIELDS,
+    RESPONSES_HINTS,
+    STREAM_OPTIONS_FIELDS,
+    refuse_unsupported,
+)
 
 _SHARED = (
     *GenerationFields.model_fields,
@@ -106,7 +111,7 @@ def _refuse(body: ResponsesRequest) -> None:
         refuse_unsupported(body.text.model_extra, {"verbosity": ("medium",)}, "text.")
     if body.stream_options is not None:
         options = body.stream_options.model_extra
-        refuse_unsupported(options, {"include_obfuscation": (False,)}, "stream_options.")
+        refuse_unsupported(options, STREAM_OPTIONS_FIELDS, "stream_options.")
         if not body.stream:
             raise InvalidRequestError("stream_options needs stream to be true", "stream_options")
     later = {"allowed_callers": (["direct"],), "async": (False,), "defer_loading": (False,)}

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headlong.server.generation import Delta, Generation, UsageReport
-from headlong.server.http_errors import error_docs
+from headlong.server.http_errors import GENERATION_ERRORS, error_docs
 from headlong.server.logprobs import chat_logprobs
 from headlong.server.schemas_chat import (
     AnsweredBy,
@@ -36,7 +36,7 @@ def chat_router(serving: Serving) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_model=ChatResponse,
-        responses=event_stream_docs() | error_docs(400, 401, 404, 413, 415, 429, 500, 503, 504),
+        responses=event_stream_docs() | error_docs(*GENERATION_ERRORS),
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
@@ -93,7 +93,7 @@ class _Chat:
         parser = self._parsers[completion.index]
         message = AssistantMessage(role="assistant", content=completion.text)
         if parser is not None:
-            read = read_answer(parser, completion.text)
+            read = read_answer(parser, completion.text, cut=completion.finish_reason == "length")
             message.content = read.content
             if read.tool_calls:
                 message.tool_calls = list(read.tool_calls)
@@ -148,7 +148,7 @@ class _Chat:
             return ChatDelta(content=delta.text)
         events = parser.push(delta.text)
         if delta.finish_reason is not None:
-            events += parser.finish()
+            events += parser.finish(cut=delta.finish_reason == "length")
         said = ChatDelta()
         text = "".join(event.text for event in events if isinstance(event, ContentText))
         calls = [call_delta(event) for event in events if not isinstance(event, ContentText)]

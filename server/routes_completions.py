@@ -11,7 +11,7 @@ from headlong.server.echo import Echo, check_echo_size, make_echo
 from headlong.server.engine.outputs import PositionLogprobs
 from headlong.server.errors import InvalidRequestError
 from headlong.server.generation import Delta, Generation, UsageReport
-from headlong.server.http_errors import error_docs
+from headlong.server.http_errors import GENERATION_ERRORS, error_docs
 from headlong.server.logprobs import TokenOffsets, completion_logprobs, joined_logprobs
 from headlong.server.prompts import EncodedPrompt, PromptEncoder
 from headlong.server.schemas_completions import (
@@ -34,7 +34,7 @@ def completions_router(serving: Serving) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_model=CompletionResponse,
-        responses=event_stream_docs() | error_docs(400, 401, 404, 413, 415, 429, 500, 503, 504),
+        responses=event_stream_docs() | error_docs(*GENERATION_ERRORS),
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues one or several prompts."""

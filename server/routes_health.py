@@ -12,14 +12,15 @@ def health_router(serving: Serving) -> APIRouter:
     """Makes the endpoints that orchestrators ask."""
     router = APIRouter()
 
-    @router.get("/health", responses=error_docs(503))
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", responses=error_docs(500, 503))
     async def health() -> Health:
         """Says whether the engine is alive: it works on its requests, or has none."""
         if not serving.engine.is_alive:
             raise EngineDeadError("the engine is not running")
         return Health(status="ok")
 
-    @router.get("/ready", responses=error_docs(401, 503))
+    @router.get("/ready", responses=error_docs(401, 500, 503))
     async def ready() -> Readiness:
         """Says whether new requests are taken."""
         if serving.engine.state == "draining":

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headlong.server.errors import ResponseNotFoundError
-from headlong.server.http_errors import error_docs, shorten
+from headlong.server.http_errors import GENERATION_ERRORS, error_docs, shorten
 from headlong.server.responses_answer import ResponseAnswer
 from headlong.server.responses_request import blaming_input, chat_request, response_structure
 from headlong.server.schemas_responses import ResponsesRequest
@@ -22,7 +22,7 @@ def responses_router(serving: Serving) -> APIRouter:
     @router.post(
         "/v1/responses",
         response_model=ResponseObject,
-        responses=event_stream_docs() | error_docs(400, 401, 404, 413, 415, 429, 500, 503, 504),
+        responses=event_stream_docs() | error_docs(*GENERATION_ERRORS),
     )
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         """Answers a conversation, as items; nothing is stored."""

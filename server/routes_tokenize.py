@@ -1,11 +1,12 @@
 """``POST /tokenize``, ``POST /detokenize``, ``GET /tokenizer_info`` and ``GET /version``."""
 
+import asyncio
 from importlib.metadata import version
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from headlong.server.http_errors import error_docs
+from headlong.server.http_errors import BODY_ERRORS, error_docs
 from headlong.server.schemas_tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -18,7 +19,12 @@ from headlong.server.schemas_tokenize import (
 from headlong.server.serving import Serving
 from headlong.server.strict_json import StrictJSONRoute
 from headlong.server.tool_choice import plan_tools
-from headlong.server.unsupported import TOKENIZE_FIELDS, refuse_unsupported
+from headlong.server.unsupported import (
+    DETOKENIZE_FIELDS,
+    TOKENIZE_CHAT_FIELDS,
+    TOKENIZE_TEXT_FIELDS,
+    refuse_unsupported,
+)
 
 
 def tokenize_router(serving: Serving) -> APIRouter:
@@ -30,32 +36,35 @@ def tokenize_router(serving: Serving) -> APIRouter:
     @router.post(
         "/tokenize",
         response_model=TokenizeResponse,
-        responses=error_docs(400, 401, 404, 413, 415, 500),
+        responses=error_docs(*BODY_ERRORS),
     )
     async def tokenize(body: TokenizeRequest) -> Response:
         """Tells the tokens of a text, or of a conversation."""
         if body.model is not None:
             serving.require_model(body.model)
-        refuse_unsupported(body.model_extra, TOKENIZE_FIELDS)
         if isinstance(body, TokenizeChat):
+            refuse_unsupported(body.model_extra, TOKENIZE_CHAT_FIELDS)
             plan = plan_tools(body, serving.tool_style)
             tokens = await encoder.tokenize_chat(body, plan.template_tools)
         else:
+            refuse_unsupported(body.model_extra, TOKENIZE_TEXT_FIELDS)
             special = body.add_special_tokens is not False
             tokens = await encoder.tokenize(body.prompt, special=special)
         answer = TokenizeResponse(
             count=len(tokens), max_model_len=serving.limits.max_model_len, tokens=tokens
         )
         if body.return_token_strs:
-            answer.token_strs = [*tokenizer.convert_ids_to_tokens(tokens)]
+            strings = await asyncio.to_thread(tokenizer.convert_ids_to_tokens, tokens)
+            answer.token_strs = [*strings]
         content = answer.model_dump_json(exclude_unset=True)
         return Response(content, media_type="application/json")
 
-    @router.post("/detokenize", responses=error_docs(400, 401, 404, 413, 415, 500))
+    @router.post("/detokenize", responses=error_docs(*BODY_ERRORS))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """Tells the text of token ids."""
         if body.model is not None:
             serving.require_model(body.model)
+        refuse_unsupported(body.model_extra, DETOKENIZE_FIELDS)
         return DetokenizeResponse(prompt=await encoder.detokenize(body.tokens))
 
     @router.get("/tokenizer_info", responses=error_docs(401, 500))

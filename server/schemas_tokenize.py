@@ -40,7 +40,8 @@ class TokenizeChat(Conversation, ToolFields, TokenizeFields):
 
 
 def _form(value: object) -> str:
-    is_chat = isinstance(value, dict) and "messages" in value and "prompt" not in value
+    # With both, the prompt is refused as what it is: a field of the other form.
+    is_chat = isinstance(value, dict) and value.get("messages") is not None
     return "(chat)" if is_chat else "(text)"
 
 

@@ -21,7 +21,7 @@ from headlong.server.sampling import ModelLimits, sampling_params
 from headlong.server.schemas_common import SamplingFields
 from headlong.server.streaming import EventStreamResponse
 from headlong.server.tool_styles import ToolStyle
-from headlong.server.unsupported import Neutral, refuse_unsupported
+from headlong.server.unsupported import STREAM_OPTIONS_FIELDS, Neutral, refuse_unsupported
 
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine
@@ -108,8 +108,13 @@ class Serving:
         """
         self.require_model(request.model)
         refuse_unsupported(request.model_extra, unsupported)
-        if request.stream_options is not None and not request.stream:
-            raise InvalidRequestError("stream_options needs stream to be true", "stream_options")
+        if request.stream_options is not None:
+            options = request.stream_options.model_extra
+            refuse_unsupported(options, STREAM_OPTIONS_FIELDS, "stream_options.")
+            if not request.stream:
+                raise InvalidRequestError(
+                    "stream_options needs stream to be true", "stream_options"
+                )
         n = request.n or 1
         max_n = self.engine.info.max_num_seqs
         if n > max_n:

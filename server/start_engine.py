@@ -22,7 +22,11 @@ def start_engine(engine_config: EngineConfig, server_config: ServerConfig) -> As
         HeadlongError: It failed to start for another reason.
     """
     return AsyncEngine(
-        EngineProcess(engine_config, log_config(server_config)),
+        EngineProcess(
+            engine_config,
+            log_config(server_config),
+            progress_bars=server_config.log_format == "text",
+        ),
         max_num_queued_reqs=server_config.max_num_queued_reqs,
         hang_timeout=server_config.hang_timeout,
     )

@@ -36,14 +36,15 @@ class Answer:
     tool_calls: tuple[ToolCall, ...]
 
 
-def read_answer(parser: ToolCallParser, text: str) -> Answer:
+def read_answer(parser: ToolCallParser, text: str, *, cut: bool = False) -> Answer:
     """Reads a finished completion.
 
     Args:
         parser: A new one.
         text: All of the completion.
+        cut: The model was stopped before its end.
     """
-    return collect([*parser.push(text), *parser.finish()])
+    return collect([*parser.push(text), *parser.finish(cut=cut)])
 
 
 def collect(events: Iterable[ToolEvent]) -> Answer:

@@ -82,12 +82,17 @@ class ToolCallParser:
             self._step(char)
         return self._take()
 
-    def finish(self) -> list[ToolEvent]:
+    def finish(self, *, cut: bool = False) -> list[ToolEvent]:
         """Ends the text.
+
+        Args:
+            cut: The model was stopped before its end: a call that it had begun is no text.
 
         Returns:
             What was held back.
         """
+        if cut and self._step in (self._gap, self._read):
+            self._held = []
         held = "".join(self._held)
         # Around and after calls these are form, not text.
         formal = self._step in (self._close, self._separate)

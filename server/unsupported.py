@@ -2,10 +2,54 @@
 
 from collections.abc import Mapping, Sequence
 
+from pydantic import BaseModel
+
 from headlong.server.errors import InvalidRequestError
+from headlong.server.schemas_chat import ChatRequest
+from headlong.server.schemas_completions import CompletionRequest
+from headlong.server.schemas_responses import ResponsesRequest
+from headlong.server.schemas_tokenize import DetokenizeRequest, TokenizeChat, TokenizeText
 
 Neutral = Mapping[str, Sequence[object]]
 """Field name to the values, beside null, that ask for nothing."""
+
+REQUESTS: Sequence[type[BaseModel]] = (
+    CompletionRequest,
+    ChatRequest,
+    ResponsesRequest,
+    TokenizeText,
+    TokenizeChat,
+    DetokenizeRequest,
+)
+"""What clients send to all endpoints."""
+
+ANNOTATIONS = frozenset({"metadata", "user"})
+"""Fields that change nothing where they are known, and so may stand anywhere."""
+
+_ELSEWHERE: Neutral = {
+    "add_generation_prompt": (False,),
+    "best_of": (1,),
+    "cache_report": (False,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "include": ([],),
+    "n": (1,),
+    "return_token_ids": (False,),
+    "return_token_strs": (False,),
+    "stream": (False,),
+    "tools": ([],),
+}
+
+
+def _foreign(request: type[BaseModel]) -> Neutral:
+    """Returns the fields that other endpoints know and this one does not."""
+    known = {name for each in REQUESTS for name in each.model_fields}
+    return {
+        name: _ELSEWHERE.get(name, ())
+        for name in sorted(known - set(request.model_fields) - ANNOTATIONS)
+    }
+
 
 _BOTH: Neutral = {
     "allowed_token_ids": (),
@@ -41,18 +85,18 @@ _TOOLS: Neutral = {
 }
 
 COMPLETION_FIELDS: Neutral = {
+    **_foreign(CompletionRequest),
     **_BOTH,
     **_TOOLS,
     "prompt_embeds": (),
     "suffix": ("",),
 }
 
-CHAT_FIELDS: Neutral = {
+_CONVERSATION: Neutral = {
     **_BOTH,
     "audio": (),
     "chat_template": (),
     "documents": ([],),
-    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "include_reasoning": (True,),
@@ -60,26 +104,26 @@ CHAT_FIELDS: Neutral = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
+    "prompt_embeds": (),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "suffix": ("",),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 
+CHAT_FIELDS: Neutral = {**_foreign(ChatRequest), **_CONVERSATION}
+
 RESPONSES_FIELDS: Neutral = {
-    **CHAT_FIELDS,
+    **_foreign(ResponsesRequest),
+    **_CONVERSATION,
     "background": (False,),
-    "best_of": (1,),
     "context_management": ([],),
     "conversation": (),
     "logprobs": (False,),
-    "max_completion_tokens": (),
-    "max_tokens": (),
     "max_tool_calls": (),
-    "messages": (),
     "moderation": (),
-    "n": (1,),
     "previous_response_id": (),
     "prompt": (),
     "prompt_cache_options": ({},),
@@ -91,7 +135,6 @@ RESPONSES_FIELDS: Neutral = {
         {"effort": None, "summary": None},
         {"effort": "none", "summary": None},
     ),
-    "response_format": (),
     "truncation": ("disabled",),
 }
 _NOT_STORED = "responses are not stored: send the whole conversation as input"
@@ -109,11 +152,24 @@ RESPONSES_HINTS: Mapping[str, str] = {
 }
 """What to do in place of those fields of responses."""
 
-TOKENIZE_FIELDS: Neutral = {
+_TEMPLATE: Neutral = {
     "chat_template": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
+
+TOKENIZE_TEXT_FIELDS: Neutral = {**_foreign(TokenizeText), **_TOOLS, **_TEMPLATE}
+
+TOKENIZE_CHAT_FIELDS: Neutral = {**_foreign(TokenizeChat), **_TEMPLATE}
+
+DETOKENIZE_FIELDS: Neutral = {
+    **_foreign(DetokenizeRequest),
+    **_TOOLS,
+    # Special tokens are part of the text.
+    "skip_special_tokens": (False,),
+}
+
+STREAM_OPTIONS_FIELDS: Neutral = {"include_obfuscation": (False,)}
 
 MESSAGE_FIELDS: Neutral = {
     "audio": (),

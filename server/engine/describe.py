@@ -1,19 +1,58 @@
 """What the engine tells the operator at start."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from headlong.cache.capacity import MemoryPlan
+from headlong.cache.groups import STREAMING, HeadGroup
 from headlong.profiling.head_map import head_map_lines, head_summary
+from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.model import LoadedModel
 from headlong.server.engine.status import EngineInfo, GroupInfo
 from headlong.server.engine.weights import dtype_name
-
-if TYPE_CHECKING:
-    from headlong.server.engine.engine import Engine
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def describe(engine: "Engine") -> list[str]:
+class Described(Protocol):
+    """What of an engine is told."""
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was loaded and how."""
+        ...
+
+    @property
+    def model(self) -> LoadedModel:
+        """The loaded model."""
+        ...
+
+    @property
+    def attention_backend(self) -> str:
+        """What computes attention."""
+        ...
+
+    @property
+    def groups(self) -> tuple[HeadGroup, ...]:
+        """Its head groups."""
+        ...
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What was sized."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request."""
+        ...
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether decodes run as CUDA graphs."""
+        ...
+
+
+def describe(engine: Described) -> list[str]:
     """Where it runs; head map, one line a layer; memory plan; what a full cache would need."""
     geometry = engine.model.geometry
     keeps_all = {
@@ -31,7 +70,7 @@ def describe(engine: "Engine") -> list[str]:
     ]
 
 
-def engine_info(engine: "Engine") -> EngineInfo:
+def engine_info(engine: Described) -> EngineInfo:
     """The same as data, for the HTTP part and for metrics."""
     model, shape = engine.model, engine.plan.shape
     places = {
@@ -67,7 +106,7 @@ def engine_info(engine: "Engine") -> EngineInfo:
     )
 
 
-def _device_line(engine: "Engine") -> str:
+def _device_line(engine: Described) -> str:
     model = engine.model
     weights, cache = dtype_name(model.dtype), dtype_name(model.geometry.kv_dtype)
     held = weights if weights == cache else f"weights in {weights} and KV cache in {cache}"
@@ -93,6 +132,11 @@ def _memory_lines(plan: MemoryPlan, max_model_len: int) -> list[str]:
             f"  {group.name:<14} {len(group.members):>5} heads  {keeps:<34} "
             f"{token_bytes:>8} B/token  {blocks:>8} blocks of {shape.block_size}  "
             f"{format_bytes(blocks * shape.block_bytes(group)):>10}"
+        )
+    if shape.wide_tokens and any(group.name == STREAMING for group in shape.groups):
+        lines.append(
+            f"  {shape.wide_tokens} tokens of {STREAMING} are set aside for requests with a wider "
+            "kv_policy"
         )
     own, full = plan.sequence_bytes(max_model_len), plan.full_sequence_bytes(max_model_len)
     held = "any number of" if plan.cache_tokens is None else f"{plan.cache_tokens}"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import EngineInfo, EngineStats
 from headlong.server.engine.token_reports import TokenReporter
 from headlong.server.engine.weights import first_line
-from headlong.server.errors import ConfigError
+from headlong.server.errors import ConfigError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Engine:
         device = choose_device(config)
         if model is not None and model.device != device:
             raise ConfigError(f"the model is on {model.device}, and not on {device}", "device")
-        self.attention_backend = choose_attention(config, device)
+        self.attention_backend: Literal["triton", "torch"] = choose_attention(config, device)
         self.model = load_model(config) if model is None else model
         self.groups: tuple[HeadGroup, ...] = plan_heads(config, self.model)
         self.plan: MemoryPlan
@@ -276,6 +276,9 @@ class Engine:
             return []
         try:
             (token,) = sample(logits, [sequence], self.model.eos_token_ids)
+        except InvalidRequestError as error:
+            # All else was checked before: what shows only now is that of its structure.
+            return self._fail(sequence.request_id, error.message, "invalid_structure")
         except Exception as error:
             logger.exception("request %s failed and was aborted", sequence.request_id)
             return self._fail(sequence.request_id, f"sampling failed: {error}")

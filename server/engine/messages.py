@@ -43,11 +43,13 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
         config: What to load and how.
         log_config: Of `logging.config.dictConfig`.
         faults: What is to go wrong.
+        progress_bars: Whether libraries may draw them on standard error.
     """
 
     config: EngineConfig
     log_config: dict[str, Any]
     faults: Faults | None = None
+    progress_bars: bool = True
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):

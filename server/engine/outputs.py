@@ -43,7 +43,8 @@ class RequestOutput:
         num_cached_tokens: Prompt tokens that were found in the prefix cache.
         num_completion_tokens: Tokens generated so far, of this completion.
         error: Why the completion failed, with `finish_reason` "abort".
-        error_code: What kind of failure, "request_aborted" or "deadline_exceeded".
+        error_code: What kind of failure, "request_aborted", "invalid_structure" or
+            "deadline_exceeded".
         queued_s: On the first output of a request, seconds from its arrival to its first step.
         prompt_logprobs: If asked for, on one output of completion 0: one entry for each token of
             the prompt but the first, which nothing predicts.

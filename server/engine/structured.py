@@ -2,7 +2,8 @@
 
 llguidance follows the structure through the tokenizer's vocabulary and says before each token which
 ones may come. Structures are the client's, so everything about them is bounded: the text, what it
-takes to compile it, what it takes to find the tokens of one step, and the states in memory.
+takes to compile it, what it takes to find the tokens of one step and of all, and the states in
+memory.
 """
 
 import threading
@@ -16,8 +17,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from headlong.server.engine.device import to_device
 from headlong.server.engine.sampling_params import Structure
+from headlong.server.engine.structured_budget import FollowingBudget
 from headlong.server.engine.structured_grammar import llguidance_grammar
-from headlong.server.errors import InvalidRequestError, RequestAbortedError
+from headlong.server.errors import InvalidRequestError
 
 COMPILE_THREADS = 2
 # llguidance descends into what a structure nests and refers to, as deep as its text is long: what
@@ -25,7 +27,11 @@ COMPILE_THREADS = 2
 COMPILE_STACK_BYTES = 256 << 20
 # About 1 kB each.
 MAX_LEXER_STATES = 50_000
+# An object of 400 optional properties takes under 5,000.
+MAX_STEP_ITEMS = 10_000
 MAX_REASON_CHARS = 300
+# llguidance's words for a structure of which no text can be the beginning.
+DEAD_END = "NoExtensionBias"
 
 
 class StructureMatcher:
@@ -34,11 +40,13 @@ class StructureMatcher:
     Args:
         matcher: llguidance's, at the beginning.
         vocab_size: Width of the logits.
+        budget: The request's, which its completions share.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, budget: FollowingBudget) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._budget = budget
 
     @property
     def finished(self) -> bool:
@@ -52,12 +60,16 @@ class StructureMatcher:
             logits: float32 [vocab_size].
 
         Raises:
-            RequestAbortedError: The last token, or those that may follow, take more than a step
-                may take to work out, or no token of the vocabulary may follow.
+            InvalidRequestError: The last token, or those that may follow, take more than a step
+                may take to work out, all until now took more than the request may take, or no
+                token of the vocabulary may follow.
         """
-        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+        self._budget.check()
+        with self._budget.spend():
+            bitmask = self._matcher.compute_bitmask()
+        words = torch.frombuffer(bytearray(bitmask), dtype=torch.int32)
         if self._matcher.is_error():
-            raise RequestAbortedError(
+            raise InvalidRequestError(
                 f"the structure cannot be followed: {reason_of(self._matcher)}"
             )
         words = to_device(words, logits.device)
@@ -67,7 +79,9 @@ class StructureMatcher:
 
     def accept(self, token_id: int) -> None:
         """Go on by the token that was chosen. If that fails, the next `mask` says so."""
-        self._matcher.consume_token(token_id)
+        with self._budget.spend():
+            self._matcher.consume_token(token_id)
+        self._budget.add_token()
 
 
 class CompiledStructure:
@@ -81,10 +95,11 @@ class CompiledStructure:
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._budget = FollowingBudget()
 
     def matcher(self) -> StructureMatcher:
         """Begin a completion."""
-        return StructureMatcher(self._matcher.deep_copy(), self._vocab_size)
+        return StructureMatcher(self._matcher.deep_copy(), self._vocab_size, self._budget)
 
 
 class StructureCompiler:
@@ -108,7 +123,11 @@ class StructureCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        self._limits = LLParserLimits(
+            max_lexer_states=MAX_LEXER_STATES,
+            step_max_items=MAX_STEP_ITEMS,
+            verbose_errors=False,
+        )
         self._pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="structures")
         self._lock = threading.Lock()
 
@@ -164,8 +183,10 @@ class StructureCompiler:
 
 
 def reason_of(matcher: LLMatcher) -> str:
-    """Why a matcher failed in llguidance's own words, as one short line."""
+    """Why a matcher failed as one short line, in llguidance's own words where they say it."""
     line = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
     # A bug of the library's comes with the stack of its threads.
     line = line.partition("<backtrace>")[0]
+    if line.strip() == DEAD_END:
+        return "it refers to itself without end, or asks for what no text is"
     return line[:MAX_REASON_CHARS]

@@ -61,8 +61,12 @@ def serve(sock: socket.socket) -> int:
             _leave()
 
     # PyTorch takes seconds to import: from here on the server's end is watched.
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
     from headlong.server.engine.engine import Engine  # noqa: PLC0415
 
+    if not start.progress_bars:
+        disable_progress_bar()
     try:
         engine = Engine(start.config)
     except HeadlongError as error:

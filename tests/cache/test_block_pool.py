@@ -194,6 +194,54 @@ def test_what_is_forgotten_is_free() -> None:
     pool.check_integrity([held])
 
 
+def passed(pool: BlockPool, *keys: bytes) -> list[int]:
+    """Blocks that were published under the keys and that a window has left."""
+    blocks = pool.allocate(len(keys))
+    for block, key in zip(blocks, keys, strict=True):
+        pool.publish(block, key)
+    pool.release(blocks, passed=True)
+    return blocks
+
+
+def test_passed_blocks_are_evicted_first_down_to_a_quarter() -> None:
+    pool = BlockPool(8)
+    kept = keyed(pool, b"a", b"b", b"c", b"d")
+    left = passed(pool, b"e", b"f", b"g", b"h")
+    taken = pool.allocate(8)
+    # Two of eight may stay for as long as there are others.
+    assert taken == [*left[:2], *kept, *left[2:]]
+    pool.check_integrity(taken)
+
+
+def test_a_passed_block_that_was_found_is_kept() -> None:
+    pool = BlockPool(4)
+    first, second = passed(pool, b"a", b"b")
+    pool.share([first])
+    pool.release([first], passed=True)
+    third, _ = passed(pool, b"c", b"d")
+    assert pool.allocate(2) == [second, third]
+    assert pool.find(b"a") == first
+    pool.check_integrity([second, third])
+
+
+@pytest.mark.parametrize("key", [b"a", None])
+def test_that_a_block_was_found_is_forgotten_with_its_contents(key: bytes | None) -> None:
+    pool = BlockPool(2)
+    block, other = pool.allocate(2)
+    if key is not None:
+        pool.publish(block, key)
+    pool.share([block])
+    pool.release([block, block])
+    assert pool.allocate(1) == [block]
+    pool.publish(block, b"b")
+    pool.publish(other, b"c")
+    pool.release([other])
+    pool.release([block], passed=True)
+    # One of two is more than a quarter: what was passed goes first, although it is newer.
+    assert pool.allocate(1) == [block]
+    pool.check_integrity([block])
+
+
 @pytest.mark.parametrize("damage", ["_keys", "_found", "_kept", "_free", "_evicted"])
 def test_integrity_fails_if_a_cached_block_is_not_what_it_should_be(damage: str) -> None:
     pool = BlockPool(2)

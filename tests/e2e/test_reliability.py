@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,6 +18,7 @@ from headlong.server.engine.request import EngineRequest
 from headlong.server.engine_process import EngineProcess
 from headlong.server.errors import ConfigError, RequestAbortedError
 from headlong.server.logs import log_config
+from headlong.server.start_engine import start_engine
 from support.engines import greedy
 from support.servers import (
     ENGINE,
@@ -170,3 +172,12 @@ def test_a_configuration_that_cannot_start_is_an_error_here() -> None:
     with pytest.raises(ConfigError, match="there is no such folder") as caught:
         EngineProcess(config, log_config(ServerConfig()))
     assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_progress_bar_is_drawn_among_json_logs(
+    log_format: Literal["text", "json"], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = EngineConfig(**ENGINE)  # type: ignore[arg-type]
+    start_engine(config, ServerConfig(log_format=log_format)).kill()
+    assert ("Loading weights" in capfd.readouterr().err) == (log_format == "text")

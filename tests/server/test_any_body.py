@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from headlong.server.schemas_chat import ChatRequest
 from headlong.server.schemas_completions import CompletionRequest
 from headlong.server.schemas_tokenize import DetokenizeRequest, TokenizeChat, TokenizeText
-from headlong.server.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, TOKENIZE_FIELDS
+from headlong.server.unsupported import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    DETOKENIZE_FIELDS,
+    TOKENIZE_CHAT_FIELDS,
+    TOKENIZE_TEXT_FIELDS,
+)
 
 SCALARS = (
     st.none()
@@ -50,10 +56,17 @@ VALUES = st.recursive(
         ),
         (
             "/tokenize",
-            [*TokenizeText.model_fields, *TokenizeChat.model_fields, *TOKENIZE_FIELDS],
+            sorted(
+                set().union(
+                    TokenizeText.model_fields,
+                    TokenizeChat.model_fields,
+                    TOKENIZE_TEXT_FIELDS,
+                    TOKENIZE_CHAT_FIELDS,
+                )
+            ),
             {},
         ),
-        ("/detokenize", [*DetokenizeRequest.model_fields], {}),
+        ("/detokenize", [*DetokenizeRequest.model_fields, *DETOKENIZE_FIELDS], {}),
     ],
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -69,12 +69,27 @@ def test_a_chat_template_that_cannot_be_read(engine, tmp_path):
             create_app(engine, ServerConfig(served_model_name=("m",), chat_template=file))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_chat_template_with_a_syntax_error_ends_the_start(engine, tmp_path, own):
+    source = "{{ messages[0].content }}\n{% for x in %}"
+    config = ServerConfig(served_model_name=("m",))
+    if own:
+        engine.tokenizer.chat_template = source
+    else:
+        file = tmp_path / "template.jinja"
+        file.write_text(source)
+        config = config.model_copy(update={"chat_template": file})
+    with pytest.raises(ConfigError, match="line 2: ") as caught:
+        create_app(engine, config)
+    assert caught.value.param == "chat_template"
+
+
 STATUSES = {
-    ("/v1/completions", "post"): {400, 401, 404, 413, 415, 429, 500, 503, 504},
-    ("/v1/chat/completions", "post"): {400, 401, 404, 413, 415, 429, 500, 503, 504},
-    ("/v1/responses", "post"): {400, 401, 404, 413, 415, 429, 500, 503, 504},
-    ("/tokenize", "post"): {400, 401, 404, 413, 415, 500},
-    ("/detokenize", "post"): {400, 401, 404, 413, 415, 500},
+    ("/v1/completions", "post"): {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
+    ("/v1/chat/completions", "post"): {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
+    ("/v1/responses", "post"): {400, 401, 404, 408, 413, 415, 429, 500, 503, 504},
+    ("/tokenize", "post"): {400, 401, 404, 408, 413, 415, 500},
+    ("/detokenize", "post"): {400, 401, 404, 408, 413, 415, 500},
     ("/tokenizer_info", "get"): {401, 500},
     ("/version", "get"): {401, 500},
     ("/v1/models", "get"): {401, 500},
@@ -86,7 +101,7 @@ STATUSES = {
 def test_openapi_tells_every_status(client, path, method):
     operation = client.get("/openapi.json").json()["paths"][path][method]
     responses = operation["responses"]
-    errors = {str(status) for status in STATUSES[path, method]} | {"default"}
+    errors = {str(status) for status in STATUSES[path, method]}
     assert set(responses) == {"200"} | errors
     for status in errors:
         schema = responses[status]["content"]["application/json"]["schema"]
@@ -102,3 +117,15 @@ def test_openapi_tells_the_truth(client):
         assert set(content) == {"application/json", "text/event-stream"}
     assert "503" in spec["paths"]["/health"]["get"]["responses"]
     assert "HTTPValidationError" not in spec["components"]["schemas"]
+
+
+def test_openapi_asks_for_a_key_where_one_is_needed(client, engine):
+    spec = client.get("/openapi.json").json()
+    assert "securitySchemes" not in spec["components"]
+    config = ServerConfig(served_model_name=("m",), api_key=("hush-1",))
+    spec = create_app(engine, config).openapi()
+    [(name, scheme)] = spec["components"]["securitySchemes"].items()
+    assert scheme == {"type": "http", "scheme": "bearer"}
+    for path, operations in spec["paths"].items():
+        for operation in operations.values():
+            assert operation["security"] == ([] if path == "/health" else [{name: []}])

@@ -1,6 +1,10 @@
 import json
 
 import pytest
+from starlette.testclient import TestClient
+
+from headlong.server.app import create_app
+from headlong.server.config import ServerConfig
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 JSON = {"content-type": "application/json"}
@@ -82,6 +86,26 @@ def test_a_body_of_just_the_limit_is_read(client):
     body += b" " * (200_000 - len(body))
     assert client.post(PATHS[0], content=body, headers=JSON).status_code == 200
     assert client.post(PATHS[0], content=body + b" ", headers=JSON).status_code == 413
+
+
+def test_the_limit_follows_the_models_context(engine):
+    limit = (4 << 20) + 16 * engine.max_model_len
+    body = json.dumps({"model": "m", "prompt": "a"}).encode()
+    body += b" " * (limit - len(body))
+    with TestClient(create_app(engine, ServerConfig(served_model_name=("m",)))) as client:
+        assert client.post(PATHS[0], content=body, headers=JSON).status_code == 200
+        response = client.post(PATHS[0], content=body + b" ", headers=JSON)
+    assert response.status_code == 413
+    assert str(limit) in response.json()["error"]["message"]
+
+
+def test_variables_of_the_template_are_bounded(post):
+    fits = {"tone": "x" * 65_000}
+    assert "context" in post(PATHS[1], chat_template_kwargs=fits).json()["error"]["message"]
+    over = {"tone": ["x" * 1000] * 66}
+    error = post(PATHS[1], chat_template_kwargs=over).json()["error"]
+    assert error["param"] == "chat_template_kwargs"
+    assert "65536 bytes" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,12 @@ def test_a_port_in_use_is_one_line(run, engine):
 def test_an_unknown_host_is_one_line(run):
     result = run("serve", "some/model", "--host", "256.0.0.1", "--port", "0")
     assert result.code == 2
-    assert "headlong: --port: cannot listen on 256.0.0.1:0" in result.err
+    assert "\nheadlong: --host: cannot listen on 256.0.0.1:0: " in result.err
+    for host in ("a..b", "x" * 300, "192.0.2.1"):
+        result = run("serve", "some/model", "--host", host, "--port", "0")
+        assert result.code == 2
+        told = result.err.splitlines()[-1]
+        assert told.startswith(f"headlong: --host: cannot listen on {host}:0: ")
 
 
 def test_the_process_fails_when_the_engine_dies(engine, config):
@@ -205,8 +210,8 @@ def test_settings_come_from_everywhere(run, engine, served, tmp_path, monkeypatc
     ("text", "message"),
     [
         ("prot: 1", ":1: 'prot' is no setting"),
-        ("port: http", ":1: Input should be a valid integer"),
-        ("block-size: 5", ":1 must be a power of two"),
+        ("port: http", ":1: port: Input should be a valid integer"),
+        ("block-size: 5", ":1: block-size must be a power of two"),
         ("- port", ": must be a mapping"),
     ],
 )
@@ -280,7 +285,11 @@ def test_what_is_probably_not_meant_is_warned_of(run, served, monkeypatch, tmp_p
         (["--api-key", "hush", "--api-key", "hush"], "--api-key: key 2 was given before"),
         (["--api-key-file", "nowhere.txt"], "--api-key-file: nowhere.txt: cannot be read"),
         (["--ssl-certfile", "nowhere.pem"], "--ssl-certfile: nowhere.pem is no file"),
-        (["--ssl-keyfile", "nowhere.pem"], "--ssl-keyfile needs ssl_certfile"),
+        (["--ssl-keyfile", "nowhere.pem"], "--ssl-keyfile needs --ssl-certfile"),
+        (["--api-key", ""], "--api-key: key 1 is empty"),
+        (["--api-key-file", ""], "--api-key-file: "),
+        (["--api-key-file", os.devnull], "--api-key-file: /dev/null: holds no key"),
+        (["--served-model-name", ""], "--served-model-name: a name is empty"),
         (["--chat-template", "nowhere.jinja"], "--chat-template: cannot read"),
         (["--served-model-name", "m", "--max-num-batched-tokens", "1"], "--max-num-batched-tokens"),
         (["--cors-allow-origin", "a.example"], "--cors-allow-origin: an origin is"),
@@ -322,6 +331,14 @@ def test_help_shows_every_setting():
     for name in {*ServerConfig.model_fields, *EngineSettings.model_fields} - {"model"}:
         assert f"--{name.replace('_', '-')} " in shown
     assert "--no-enable-prefix-caching" in shown
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│ --")}
+    for name in ("--print-config", "--log-requests", "--enforce-eager", "--enable-prefix-caching"):
+        assert "<" not in lines[name]
+    for name in ("--served-model-name", "--api-key", "--cors-allow-origin"):
+        assert "<str>" in lines[name]
+        assert "may be repeated" in lines[name]
+    assert "Default: the model's limit." in lines["--max-model-len"]
+    assert "Default: 8000." in lines["--port"]
     for panel in ("Server", "Limits", "Security", "Logging", "Model", "Head profile", "KV cache"):
         assert f"─ {panel} ─" in shown
 

@@ -47,6 +47,9 @@ def test_the_default_name_fills_in():
         ("log_format", "xml"),
         ("log_level", "loud"),
         ("log_requests", "perhaps"),
+        ("served_model_name", ""),
+        ("served_model_name", ["a", " "]),
+        ("served_model_name", "a,,b"),
         ("tool_call_parser", "mine"),
         ("cors_allow_origin", ["https://a.example/path"]),
         ("cors_allow_origin", ["a.example"]),
@@ -100,8 +103,18 @@ def test_an_empty_variable_is_not_set(monkeypatch):
     assert config_path(None) is None
 
 
-@pytest.mark.parametrize("name", ["API_KEY", "SSL_KEYFILE_PASSWORD"])
-def test_an_empty_secret_does_not_leave_the_server_open(monkeypatch, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "API_KEY",
+        "API_KEY_FILE",
+        "SSL_CERTFILE",
+        "SSL_KEYFILE",
+        "SSL_KEYFILE_PASSWORD",
+        "SSL_CA_CERTS",
+    ],
+)
+def test_an_empty_guard_does_not_leave_the_server_open(monkeypatch, name):
     monkeypatch.setenv(f"HEADLONG_{name}", "")
     with pytest.raises(ConfigError, match=f"HEADLONG_{name} is set, but empty"):
         load(ServerConfig)
@@ -143,7 +156,7 @@ def test_secrets_are_in_no_repr():
     ],
 )
 def test_tls_needs_a_certificate(given, param):
-    with pytest.raises(ConfigError, match=f"{param} needs ssl_certfile") as caught:
+    with pytest.raises(ConfigError, match=f"{param} needs --ssl-certfile") as caught:
         load(ServerConfig, **given)
     assert caught.value.param == param
     assert "hush" not in str(caught.value)

@@ -116,16 +116,24 @@ def test_a_file_that_cannot_be_read(tmp_path, name):
     ("text", "message"),
     [
         ("port: yes", "port: got True"),
+        ("port: x", "port: Input should be a valid integer"),
         ("host: on", "host: got True"),
         ("seed: no", "seed: got False"),
         ("port: [1]", "port: Input should be a valid integer"),
         ("port: {a: b}", "port: "),
         ("host: 8000", "host: Input should be a valid string"),
-        ("served-model-name: [1]", "served_model_name.0: Input should be a valid string"),
-        ("log-format: xml", "log_format: "),
-        ("block-size: 5", "must be a power of two"),
-        ("enforce-eager: 7", "enforce_eager: "),
-        ("request-timeout: .nan", "request_timeout: "),
+        ("served-model-name: [1]", "served-model-name: value 1: Input should be a valid string"),
+        ("served-model-name: {a: b}", "served-model-name: Input should be a list"),
+        ("served-model-name: ''", "served-model-name: a name is empty"),
+        ("cors-allow-origin: ['*', a]", "cors-allow-origin: an origin is"),
+        ("log_requests: 1", "log-requests must be true or false, got 1"),
+        ("log-requests: 'yes'", "log-requests must be true or false, got 'yes'"),
+        ("enable-prefix-caching: 0", "enable-prefix-caching must be true or false, got 0"),
+        ("ssl-keyfile: a.pem", "ssl-keyfile needs --ssl-certfile"),
+        ("log-format: xml", "log-format: "),
+        ("block-size: 5", "block-size must be a power of two"),
+        ("enforce-eager: 7", "enforce-eager must be"),
+        ("request-timeout: .nan", "request-timeout: "),
     ],
 )
 def test_a_bad_value_is_named_with_its_line(sources, text, message):
@@ -134,10 +142,24 @@ def test_a_bad_value_is_named_with_its_line(sources, text, message):
         given.read(ServerConfig)
         given.read(EngineSettings).to_engine_config("m")
     told = str(caught.value)
-    # The place stands for the name of the setting.
-    assert told.partition("serve.yaml:2")[1]
-    assert message.partition(": ")[2] in told
+    assert f"serve.yaml:2: {message}" in told
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("empty", ["", "null", "[]", "''", "{}"])
+@pytest.mark.parametrize("key", ["api-key", "api_key_file", "ssl-certfile", "ssl-ca-certs"])
+def test_an_empty_guard_does_not_leave_the_server_open(sources, key, empty):
+    given = sources(f"host: a\n{key}: {empty}\n")
+    with pytest.raises(ConfigError) as caught, given.named():
+        given.read(ServerConfig)
+    shown = key.replace("_", "-")
+    assert str(caught.value).endswith(f"serve.yaml:2: {shown} is set, but empty")
+
+
+def test_what_guards_nothing_may_be_empty(sources):
+    given = sources("host:\nserved-model-name: []\nlog-requests:\nrequest-timeout: null\n")
+    assert given.read(ServerConfig) == ServerConfig()
+    assert given.origin("host") == "default"
 
 
 def test_a_bad_secret_is_not_shown(sources):
@@ -157,7 +179,7 @@ def test_errors_name_the_flag_the_variable_or_the_line(sources, monkeypatch):
 
     assert told(Sources({"block_size": 5})).startswith("--block-size must be a power of two")
     assert told(Sources({"block_size": "x"})).startswith("--block-size: Input should be")
-    assert ".yaml:1 must be a power of two" in told(sources("block-size: 5"))
+    assert ".yaml:1: block-size must be a power of two" in told(sources("block-size: 5"))
     monkeypatch.setenv("HEADLONG_BLOCK_SIZE", "5")
     assert told(Sources({})).startswith("HEADLONG_BLOCK_SIZE must be a power of two")
 
@@ -202,11 +224,27 @@ request-timeout: 0.00001
     assert [line.partition("  # ")[0] for line in _text(again).splitlines()] == shown
 
 
-def test_the_printed_configuration_has_every_setting_but_secrets(sources):
-    printed = yaml.safe_load(_text(sources("")))
+def test_the_printed_configuration_has_every_setting_but_secrets_and_empty_guards(sources):
+    text = _text(sources(""))
+    printed = yaml.safe_load(text)
+    guards = {name for name in ServerConfig.model_fields if flag_of(ServerConfig, name).guards}
     secret = {name for name in ServerConfig.model_fields if flag_of(ServerConfig, name).secret}
     assert secret == {"api_key", "ssl_keyfile_password"}
-    assert {key.replace("-", "_") for key in printed} == {*SETTINGS} - secret
+    files = {"api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"}
+    assert guards == secret | files
+    assert {key.replace("-", "_") for key in printed} == {*SETTINGS} - guards
+    for name in files:
+        assert f"# {name.replace('_', '-')}: null  # default\n" in text
+    assert _text(sources("api-key-file: keys.txt")).count("\napi-key-file: keys.txt  # ") == 1
+
+
+def test_the_printed_configuration_says_what_holds_without_a_value(sources):
+    printed = _text(sources("sink-size: 4\nprofile: p.json\n"))
+    assert "max-model-len: null  # default: the model's limit\n" in printed
+    assert "window-size: null  # default: the profile's\n" in printed
+    assert "gpu-memory-utilization: null  # default: 0.9\n" in printed
+    assert "sink-size: 4  # " in printed
+    assert "request-timeout: null  # default\n" in printed
 
 
 def test_the_printed_configuration_keeps_secrets(monkeypatch):

@@ -85,9 +85,9 @@ def test_offsets_of_characters_of_several_tokens(post, engine, as_ids):
 def test_tokens_that_the_tokenizer_adds_are_not_in_the_text(post, engine, monkeypatch):
     call = type(engine.tokenizer).__call__
 
-    def with_start(self, texts, **options):
-        encoded = call(self, texts, **options)
-        encoded["input_ids"] = [[0, *ids] for ids in encoded["input_ids"]]
+    def with_start(self, text, **options):
+        encoded = call(self, text, **options)
+        encoded["input_ids"] = [0, *encoded["input_ids"]]
         return encoded
 
     monkeypatch.setattr(type(engine.tokenizer), "__call__", with_start)

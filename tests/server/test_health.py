@@ -25,6 +25,13 @@ def test_orchestrators_learn_whether_to_wait_or_to_restart(
         assert answer.json()["error"]["code"] == code
 
 
+def test_health_without_a_body(client, engine):
+    response = client.head("/health")
+    assert (response.status_code, response.content) == (200, b"")
+    engine.is_alive = False
+    assert client.head("/health").status_code == 503
+
+
 @pytest.mark.parametrize(
     ("path", "encoder"),
     [("/v1/completions", "completion_prompts"), ("/v1/chat/completions", "chat_prompt")],

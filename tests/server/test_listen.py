@@ -140,6 +140,62 @@ def test_an_unexpected_error_is_logged_with_the_requests_id(engine, capfd):
     assert not any(line["logger"] == "uvicorn.access" for line in lines)
 
 
+HEADERS = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 1000\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("sent", [(), (b"GET /hea",), (b"GET /health HTTP/1.1\r\nHost: x\r\n",)])
+def test_headers_that_do_not_come_end_the_connection(engine, sent):
+    with serving(engine, receive_timeout=0.2) as port:
+        assert exchange(port, *sent)[0] == b""
+
+
+def test_half_a_second_request_ends_the_connection(engine):
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(engine, receive_timeout=0.2) as port:
+        assert exchange(port, whole + whole[:-2])[0].count(b"HTTP/1.1 200") == 1
+
+
+def test_a_body_that_does_not_come_is_told_so(engine):
+    with serving(engine, receive_timeout=0.2) as port:
+        answer, _ = exchange(port, HEADERS, b'{"model"')
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"connection: close" in answer.lower()
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+
+
+def test_the_rest_of_a_refused_body_does_not_hold_the_connection(engine):
+    with serving(engine, receive_timeout=0.2, max_body_bytes=10) as port:
+        answer, _ = exchange(port, HEADERS, b'{"model"')
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_a_request_that_takes_longer_than_its_headers_may(engine):
+    engine.hang_at = 1
+    with serving(engine, receive_timeout=0.1) as port:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=0.6)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"model": "m", "prompt": "hi"})
+        client.close()
+        assert engine.idle.wait(PATIENCE_S)
+
+
+def test_half_a_body_does_not_keep_the_server_nor_break_it(engine, capfd):
+    with serving(engine) as port:
+        client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+        client.sendall(HEADERS + b'{"model"')
+        # By the answer to this one, the server has read the other.
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    assert client.recv(1) == b""
+    client.close()
+    logging.getLogger().handlers[0].flush()
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert "ERROR" not in err
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
     return make_certificates(tmp_path_factory.mktemp("tls"))

@@ -270,8 +270,11 @@ def test_strangers_are_counted(engine):
     config = ServerConfig(served_model_name=("m",), api_key=("hush",))
     with TestClient(create_app(engine, config)) as client:
         client.post("/v1/completions")
+        client.get("/v1/models", headers={"Authorization": "Bearer guess"})
+        client.request("BREW", "/metrics")
+        client.get("/health")
         text = client.get("/metrics", headers={"Authorization": "Bearer hush"}).text
-    told = 'headlong:request_rejections_total{model_name="m",reason="invalid_api_key"} 1.0'
+    told = 'headlong:request_rejections_total{model_name="m",reason="invalid_api_key"} 3.0'
     assert told in text
 
 

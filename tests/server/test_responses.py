@@ -218,6 +218,14 @@ def test_a_call_that_is_cut_off(ask, engine):
     assert [item["status"] for item in body["output"]] == ["incomplete"]
 
 
+def test_a_call_that_is_cut_off_before_its_name_was_told(ask, engine):
+    engine.pieces = ["Well.", '\n<tool_call>\n{"name": "lo', "never"]
+    body = ask(tools=TOOLS, max_output_tokens=2).json()
+    assert body["status"] == "incomplete"
+    [message] = body["output"]
+    assert [part["text"] for part in message["content"]] == ["Well."]
+
+
 def test_what_is_echoed(ask):
     form = {"type": "json_schema", "name": "answer", "schema": SCHEMA, "strict": True}
     assert ask(text={"format": form}).json()["text"] == {"format": form}
@@ -386,7 +394,7 @@ def test_nothing_is_stored(client, method, path):
 def test_openapi(client):
     spec = client.get("/openapi.json").json()
     operation = spec["paths"][PATH]["post"]
-    errors = {"400", "401", "404", "413", "415", "429", "500", "503", "504", "default"}
+    errors = {"400", "401", "404", "408", "413", "415", "429", "500", "503", "504"}
     assert set(operation["responses"]) == {"200"} | errors
     content = operation["responses"]["200"]["content"]
     assert set(content) == {"application/json", "text/event-stream"}

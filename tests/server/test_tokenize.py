@@ -1,6 +1,9 @@
+import asyncio
 from importlib.metadata import version
 
 import pytest
+
+from headlong.server.prompts import PromptEncoder
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 USER = [{"role": "user", "content": "hi"}]
@@ -150,3 +153,33 @@ def test_the_template_of_several_is_the_default_one(client, engine):
 
 def test_the_version(client):
     assert client.get("/version").json() == {"version": version("headlong")}
+
+
+def test_the_first_text_over_the_context_spares_the_others(post, engine, monkeypatch):
+    encoded = []
+    encode = PromptEncoder._encode
+
+    def count(self, text, special):
+        encoded.append(text)
+        return encode(self, text, special)
+
+    monkeypatch.setattr(PromptEncoder, "_encode", count)
+    error = post("/v1/completions", prompt=["a", "b" * 65, "c"]).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert encoded == ["a", "b" * 65]
+
+
+def test_tokens_are_named_beside_the_event_loop(ask, engine, monkeypatch):
+    called = []
+    convert = engine.tokenizer.convert_ids_to_tokens
+
+    def note(token_ids):
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        called.append(token_ids)
+        return convert(token_ids)
+
+    monkeypatch.setattr(engine.tokenizer, "convert_ids_to_tokens", note)
+    body = ask("/tokenize", prompt="a", return_token_strs=True).json()
+    assert body["token_strs"] == ["a"]
+    assert called

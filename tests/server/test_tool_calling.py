@@ -103,6 +103,21 @@ def test_a_call_that_was_cut_off(post, engine):
     assert choice["finish_reason"] == "length"
 
 
+def test_what_was_written_of_a_call_that_was_cut_off_is_not_shown(post, engine, events):
+    engine.pieces = ["Well.", "\n<tool_call>\n", '{"name": "lo', 'ok", "argu', "never"]
+    [choice] = post(PATH, tools=TOOLS, max_tokens=4).json()["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Well."}
+    assert choice["finish_reason"] == "length"
+    *chunks, _ = events(post(PATH, tools=TOOLS, max_tokens=4, stream=True).text)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(each["delta"].get("content") or "" for each in choices) == "Well."
+    assert choices[-1]["finish_reason"] == "length"
+    engine.pieces = engine.pieces[:4]
+    [choice] = post(PATH, tools=TOOLS).json()["choices"]
+    assert choice["message"]["content"] == "".join(engine.pieces)
+    assert choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "find"}}])
 def test_calls_that_must_be_made_have_a_grammar(post, engine, choice):
     assert post(PATH, tools=TOOLS, tool_choice=choice).status_code == 200

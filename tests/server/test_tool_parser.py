@@ -104,6 +104,30 @@ def test_a_call_cut_short_keeps_what_was_written() -> None:
 
 
 @pytest.mark.parametrize(
+    ("style", "text", "content", "calls"),
+    [
+        (HERMES, '\n<tool_call>\n{"name": "get_w', "", []),
+        (HERMES, 'Let me see.\n<tool_call>\n{"name": "now", "argu', "Let me see.", []),
+        (HERMES, "Well\n<tool_call>\n", "Well", []),
+        (HERMES, f'{tagged(NOW)}\n<tool_call>{{"name', None, [NOW_PAIR]),
+        (HERMES, '<tool_call>{"name": "now", "arguments": {}, "id', None, [NOW_PAIR]),
+        (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "no', "", []),
+        # What is no call yet, or none at all, stays text.
+        (HERMES, "a <tool_c", "a <tool_c", []),
+        (HERMES, '<tool_call>{"name": "rm_rf", "arg', '<tool_call>{"name": "rm_rf", "arg', []),
+        (LLAMA3_JSON, '{"name": "get_w', "", []),
+        (LLAMA3_JSON, f'{LLAMA_NOW}; {{"name": "no', None, [NOW_PAIR]),
+        (LLAMA3_JSON, '{"city": "Par', '{"city": "Par', []),
+    ],
+)
+def test_a_call_that_was_cut_before_its_name_was_told_is_not_shown(
+    style: ToolStyle, text: str, content: str | None, calls: list[tuple[str, str]]
+) -> None:
+    answer = read_answer(ToolCallParser(style, NAMES), text, cut=True)
+    assert (answer.content, pairs(answer)) == (content, calls)
+
+
+@pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
         ("Hello.", "Hello.", []),
@@ -170,17 +194,18 @@ def without_ids(answer: Answer) -> tuple[str | None, list[tuple[str, str]]]:
     return answer.content, pairs(answer)
 
 
-@given(STYLES, TEXTS, st.lists(st.integers(0, 400), max_size=12))
-@example(HERMES, f"a\n{tagged(WEATHER)}\n{tagged(NOW)}", list(range(200)))
-@example(LLAMA3_JSON, f"{LLAMA_WEATHER}; {LLAMA_NOW} b", list(range(200)))
+@given(STYLES, TEXTS, st.lists(st.integers(0, 400), max_size=12), st.booleans())
+@example(HERMES, f"a\n{tagged(WEATHER)}\n{tagged(NOW)}", list(range(200)), False)
+@example(LLAMA3_JSON, f"{LLAMA_WEATHER}; {LLAMA_NOW} b", list(range(200)), False)
 def test_a_stream_says_the_same_however_the_text_is_cut(
-    style: ToolStyle, text: str, cuts: list[int]
+    style: ToolStyle, text: str, cuts: list[int], short: bool
 ) -> None:
     parser = ToolCallParser(style, NAMES)
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     events = [event for begin, end in pairwise(places) for event in parser.push(text[begin:end])]
-    answer = collect([*events, *parser.finish()])
-    assert without_ids(answer) == without_ids(read(style, text))
+    answer = collect([*events, *parser.finish(cut=short)])
+    whole = read_answer(ToolCallParser(style, NAMES), text, cut=short)
+    assert without_ids(answer) == without_ids(whole)
     ids = [call.id for call in answer.tool_calls]
     assert len(set(ids)) == len(ids) == parser.num_calls
 

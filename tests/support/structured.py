@@ -1,4 +1,4 @@
-"""Completions of random logits that follow a structure, and tokenizers of other kinds."""
+"""Completions that follow a structure, and tokenizers of other kinds."""
 
 import string
 
@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from headlong.server.engine.engine import Engine
+from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampler import sample
 from headlong.server.engine.sampling_params import SamplingParams, Structure
@@ -71,3 +73,20 @@ class Writer:
             text += sequence.append(token.token_id, self.eos_token_ids)
         assert sequence.finish_reason is not None
         return text, sequence.finish_reason
+
+
+def serve(engine: Engine, asked: dict[str, SamplingParams]) -> dict[str, list[RequestOutput]]:
+    """Runs named requests together to their ends."""
+    outputs: dict[str, list[RequestOutput]] = {name: [] for name in asked}
+    for name, params in asked.items():
+        engine.add_request(EngineRequest(name, [3, 4, 5], params))
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+        engine.cache.check_integrity()
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+    return outputs
+
+
+def text_of(outputs: list[RequestOutput]) -> str:
+    return "".join(output.text for output in outputs)

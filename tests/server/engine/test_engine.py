@@ -16,7 +16,7 @@ from headlong.server.engine.sampler import SampledToken
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.sequence import Sequence
 from headlong.server.errors import ConfigError, ContextLengthError, InvalidRequestError
-from support.engines import build_engine, greedy, run
+from support.engines import build_engine, greedy, random_profile, run
 
 PROMPT = [10, 20, 30, 40]
 
@@ -44,6 +44,17 @@ def text_of(outputs: list[RequestOutput]) -> str:
 def test_the_operator_is_told_where_it_runs(engine: Engine) -> None:
     expected = "device: cpu, float32, attention by torch, CUDA graphs off"
     assert describe(engine)[0] == expected
+
+
+def test_the_operator_is_told_what_is_set_aside(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama")
+    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
+    told = "  48 tokens of streaming are set aside for requests with a wider kv_policy"
+    assert told in describe(build_engine(folder, profile=profile, kv_policy_tokens=48))
+    plain = build_engine(folder, profile=profile), build_engine(folder, kv_policy_tokens=48)
+    assert not any("set aside" in line for each in plain for line in describe(each))
 
 
 def test_engines_share_a_model(engine: Engine) -> None:

@@ -1,24 +1,19 @@
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headlong.server.engine.engine import Engine
-from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampler import sample
 from headlong.server.engine.sampling_params import SamplingParams, Structure, StructureKind
-from headlong.server.engine.structured import StructureCompiler
-from headlong.server.errors import InvalidRequestError, RequestAbortedError
 from support.engines import build_engine, greedy, run
 from support.sequences import make_sequence
-from support.structured import TIMEOUT_S, Writer, byte_fallback_tokenizer
+from support.structured import TIMEOUT_S, Writer, byte_fallback_tokenizer, serve, text_of
 from support.tiny_models import save_byte_tokenizer, save_tiny_model
 
 DEMO = Path(__file__).parents[3] / "demo" / "model"
@@ -210,95 +205,6 @@ def test_logprobs_are_the_models_own(byte_writer: Writer) -> None:
     assert sampled.top == ((int(own.argmax()), own.max().item()),)
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "reason"),
-    [
-        ("json_schema", "{", "no JSON Schema"),
-        ("json_schema", "[]", "no JSON Schema"),
-        ("json_schema", '{"type": "strong"}', "strong"),
-        ("json_schema", '{"$ref": "http://127.0.0.1/s.json"}', "127.0.0.1"),
-        ("json_schema", '{"$ref": "file:///etc/passwd"}', "passwd"),
-        ("json_schema", '{"$ref": "#"}', "structure cannot be used"),
-        ("json_schema", '{"enum": []}', "structure cannot be used"),
-        ("regex", "(", "unclosed"),
-        ("regex", "(?=a)b", "look-around"),
-        ("grammar", "", "structure cannot be used"),
-        ("grammar", "start: x", "x"),
-        ("grammar", "root ::= x", "x"),
-        ("grammar", 'root ::= "a', "GBNF"),
-        ("grammar", 'root ::= "\\', "GBNF"),
-        ("regex", "a" * 70_000, "65536"),
-        ("regex", "a\0b", "NUL"),
-    ],
-)
-def test_a_bad_structure_says_what_is_wrong(
-    byte_writer: Writer, kind: StructureKind, text: str, reason: str
-) -> None:
-    future = byte_writer.compiler.submit(Structure(kind, text, param="structure"))
-    with pytest.raises(InvalidRequestError, match=re.escape(reason)) as caught:
-        future.result(TIMEOUT_S)
-    assert caught.value.param == "structure"
-    assert len(caught.value.message) < 500
-
-
-def _chain(link: str, length: int) -> str:
-    links = [link.replace("NEXT", f"#/$defs/a{index + 1}") for index in range(length)]
-    named = ",".join(f'"a{index}":{text}' for index, text in enumerate([*links, "{}"]))
-    return f'{{"$ref":"#/$defs/a0","$defs":{{{named}}}}}'
-
-
-def _rules(line: str, length: int) -> str:
-    rules = "".join(line.format(index, index + 1) for index in range(length))
-    return f'start: A0 | b0\n{rules}A{length}: "x"\nb{length}: "y"\n'
-
-
-HOSTILE: dict[str, tuple[StructureKind, str]] = {
-    "nested repetition": ("regex", "((((a{1,100}){1,100}){1,100}){1,100})"),
-    "huge repetition": ("regex", "(a|bc){1,1000000000}"),
-    "exponential states": ("regex", r"(\w|\s)*a(\w|\s){300}"),
-    "ambiguous": ("regex", "(x*)*" * 5000),
-    "deep regex": ("regex", "(" * 20_000 + ")" * 20_000),
-    "long enum": ("json_schema", json.dumps({"enum": [f"x{i}" * 2 for i in range(4000)]})),
-    "huge bounds": ("json_schema", '{"type":"array","minItems":1000000000}'),
-    "many steps": ("json_schema", '{"type":"integer","multipleOf":123457,"minimum":1}'),
-    "deep schema": ("json_schema", '{"items":' * 6000 + "{}" + "}" * 6000),
-    "deep allOf": ("json_schema", _chain('{"allOf":[{"$ref":"NEXT"}]}', 1500)),
-    "deep anyOf": ("json_schema", _chain('{"anyOf":[{"$ref":"NEXT"}]}', 1500)),
-    "deep properties": ("json_schema", _chain('{"properties":{"x":{"$ref":"NEXT"}}}', 1100)),
-    "doubling": (
-        "json_schema",
-        _chain('{"allOf":[{"$ref":"NEXT"},{"$ref":"NEXT"}]}', 40),
-    ),
-    "cycle": ("json_schema", '{"$ref":"#/$defs/a","$defs":{"a":{"allOf":[{"$ref":"#/$defs/a"}]}}}'),
-    "many optional": (
-        "json_schema",
-        json.dumps({"properties": {f"p{i}": {"type": "integer"} for i in range(2000)}}),
-    ),
-    "rule chain": ("grammar", "start: a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(990))),
-    "terminal chain": ("grammar", _rules('A{0}: A{1}* | "y"\nb{0}: b{1}\n', 490)),
-    "too many lines": ("grammar", "\n" * 60_000 + 'start: "a"'),
-    "endless grammar": ("grammar", 'start: start start | "a" | ""'),
-    "deep grammar": ("grammar", "start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
-    "deep GBNF": ("grammar", "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000),
-    "many GBNF rules": ("grammar", "root ::= a\n" + "a::=b\n" * 9000),
-    "many JSON": ("grammar", "start: " + "%json {} " * 5000),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_structure_costs_little(byte_writer: Writer, name: str) -> None:
-    """It is refused, or written, or given up; it neither hangs nor takes the process down."""
-    kind, text = HOSTILE[name]
-    structure = Structure(kind, text)
-    longest = max(map(len, byte_writer.tokenizer.get_vocab()))
-    try:
-        written, _ = byte_writer.write(structure, max_tokens=300)
-    except (InvalidRequestError, RequestAbortedError) as error:
-        assert len(error.message) < 500
-    else:
-        assert len(written) <= 300 * longest
-
-
 def test_completions_of_a_structure_are_followed_apart(byte_writer: Writer) -> None:
     compiled = byte_writer.compiler.submit(Structure("regex", "ab|cd")).result(TIMEOUT_S)
     first, second = compiled.matcher(), compiled.matcher()
@@ -316,56 +222,6 @@ def test_completions_of_a_structure_are_followed_apart(byte_writer: Writer) -> N
     first.accept(b)
     assert first.finished
     assert not second.finished
-
-
-def test_a_token_that_does_not_follow_is_told_by_the_next_mask(byte_writer: Writer) -> None:
-    compiled = byte_writer.compiler.submit(Structure("regex", "ab")).result(TIMEOUT_S)
-    matcher = compiled.matcher()
-    matcher.accept(byte_writer.tokenizer("z").input_ids[0])
-    assert not matcher.finished
-    with pytest.raises(RequestAbortedError):
-        matcher.mask(torch.zeros(byte_writer.vocab_size))
-
-
-class SlowTokenizer(PreTrainedTokenizerBase):
-    def __len__(self) -> int:
-        return 9
-
-
-def words_alone() -> PreTrainedTokenizerBase:
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, unk_token="a"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>")
-
-
-def endless() -> PreTrainedTokenizerBase:
-    tokenizer = byte_fallback_tokenizer().backend_tokenizer
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.mark.parametrize("make", [SlowTokenizer, words_alone, endless])
-def test_a_tokenizer_that_cannot_be_followed_fails_the_request(
-    make: Callable[[], PreTrainedTokenizerBase],
-) -> None:
-    compiler = StructureCompiler(make(), 9, frozenset())
-    with pytest.raises(InvalidRequestError, match="tokenizer") as caught:
-        compiler.submit(Structure("json_object", param="response_format")).result(TIMEOUT_S)
-    assert caught.value.param == "response_format"
-
-
-def serve(engine: Engine, asked: dict[str, SamplingParams]) -> dict[str, list[RequestOutput]]:
-    outputs: dict[str, list[RequestOutput]] = {name: [] for name in asked}
-    for name, params in asked.items():
-        engine.add_request(EngineRequest(name, [3, 4, 5], params))
-    while engine.has_work:
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-        engine.cache.check_integrity()
-    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
-    return outputs
-
-
-def text_of(outputs: list[RequestOutput]) -> str:
-    return "".join(output.text for output in outputs)
 
 
 def test_an_engine_keeps_each_request_to_its_own_structure(engine: Engine) -> None:
@@ -391,23 +247,3 @@ def test_an_engine_keeps_each_request_to_its_own_structure(engine: Engine) -> No
     for name, params in asked.items():
         apart = serve(engine, {name: params})[name]
         assert text_of(apart) == text_of(together[name])
-
-
-def test_an_engine_ends_those_alone_whose_structures_fail(engine: Engine) -> None:
-    def under(kind: StructureKind, text: str) -> SamplingParams:
-        return SamplingParams(max_tokens=40, min_tokens=40, structure=Structure(kind, text))
-
-    asked = {
-        "bad": under("regex", "("),
-        # Too much to work out, but not before its second token.
-        "late": under("regex", "a((((a{1,100}){1,100}){1,100}){1,100})"),
-        "good": under("regex", "[xy]{30}"),
-        "free": greedy(20),
-    }
-    outputs = serve(engine, asked)
-    for name in ("bad", "late"):
-        assert outputs[name][-1].finish_reason == "abort"
-        assert outputs[name][-1].error
-    assert len(outputs["late"]) > 1
-    assert re.fullmatch("[xy]{30}", text_of(outputs["good"]))
-    assert len([token for each in outputs["free"] for token in each.token_ids]) == 20
