@@ -71,7 +71,7 @@ def guidellm(url: str, clients: Path, folder: Path) -> str:
 def schemathesis(url: str, clients: Path, folder: Path) -> str:
     command = [str(clients / "schemathesis"), "run", f"{url}/openapi.json", "--no-color"]
     command += ["--max-examples", str(MAX_EXAMPLES), "--seed", "1", "--continue-on-failure"]
-    command += ["--exclude-checks", UNCHECKED, "--request-timeout", "120"]
+    command += ["--exclude-checks", UNCHECKED, "--request-timeout", "300"]
     # No database of earlier examples: a run depends on its seed alone.
     command += ["--generation-database", "none"]
     text = call(command, folder / "schemathesis.log", 900)
@@ -99,7 +99,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="headlong-conformance-"))
     # Every head keeps everything, so that transformers computes the same.
     command = (*(str(BIN / "headlong"), "serve", str(MODEL_DIR)), "--profile", "none")
-    command += ("--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "2048")
+    command += ("--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "1024")
     failed: list[str] = []
     with serving(command, folder / "server.log") as url:
         for name in options.only:
