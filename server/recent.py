@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headlong.server.engine.status import EngineStats
-from headlong.server.observer import FinishedAs
+from headlong.server.observer import NoObserver
 
 RATE_WINDOW_S = 10.0
 LATENCY_WINDOW_S = 60.0
@@ -51,7 +51,7 @@ class _Totals:
     generation_tokens: int
 
 
-class RecentFigures:
+class RecentFigures(NoObserver):
     """An observer that remembers the last minute.
 
     Args:
@@ -103,9 +103,6 @@ class RecentFigures:
             self._samples.append(self._latest)
         self._latest = _Totals(now, stats.prompt_tokens_total, stats.generation_tokens_total)
 
-    def on_started(self, queued_s: float) -> None:
-        """Does nothing: the queue's length is seen in the engine's stats."""
-
     def on_first_token(self, ttft_s: float, prefill_s: float) -> None:
         """Notes a completion's first token."""
         self._ttfts.append((self._clock(), ttft_s))
@@ -113,16 +110,6 @@ class RecentFigures:
     def on_token(self, itl_s: float) -> None:
         """Notes a further token."""
         self._itls.append((self._clock(), itl_s))
-
-    def on_finished(
-        self,
-        reason: FinishedAs,
-        num_prompt_tokens: int,
-        num_completion_tokens: int,
-        e2e_s: float,
-        tpot_s: float | None,
-    ) -> None:
-        """Does nothing: its tokens were noted as they came."""
 
 
 def percentile(ascending: Sequence[float], percent: int) -> float | None:

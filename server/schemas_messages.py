@@ -40,7 +40,8 @@ class TextPart(RequestModel):
         return value
 
 
-def _content_kind(value: object) -> str | None:
+def content_kind(value: object) -> str | None:
+    """Tells a message's text from its parts, for the discriminator of a union."""
     if isinstance(value, str):
         return "(text)"
     return "(parts)" if isinstance(value, list) else None
@@ -52,7 +53,7 @@ Content = Annotated[
         list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS), Tag("(parts)")
     ],
     Discriminator(
-        _content_kind,
+        content_kind,
         custom_error_type="content_form",
         custom_error_message="must be a string or a list of text parts",
     ),

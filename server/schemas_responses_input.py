@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, StrictStr, Tag, fiel
 from pydantic_core import PydanticCustomError, from_json
 
 from headlong.server.schemas_common import RequestModel
-from headlong.server.schemas_messages import MAX_MESSAGES, MAX_PARTS
+from headlong.server.schemas_messages import MAX_MESSAGES, MAX_PARTS, content_kind
 from headlong.server.schemas_tools import FunctionName
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -31,17 +31,11 @@ class InputText(RequestModel):
         return value
 
 
-def _content_kind(value: object) -> str | None:
-    if isinstance(value, str):
-        return "(text)"
-    return "(parts)" if isinstance(value, list) else None
-
-
 InputContent = Annotated[
     Annotated[StrictStr, Tag("(text)")]
     | Annotated[list[InputText], Field(fail_fast=True, max_length=MAX_PARTS), Tag("(parts)")],
     Discriminator(
-        _content_kind,
+        content_kind,
         custom_error_type="content_form",
         custom_error_message="must be a string or a list of input_text parts",
     ),

@@ -88,8 +88,6 @@ class Canary:
             return
         if sequence.policies == self._full:
             self._skip("full_already")
-        elif sequence.num_output_tokens < 1:
-            self._skip("no_completion")
         elif len(self._pending) >= MAX_PENDING:
             self._skip("busy")
         else:
