@@ -135,14 +135,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     module = load_weights(config, device)
     module.set_attn_implementation(ATTENTION_NAME)
     text_config = module.config.get_text_config()
-    _check_layer_types(text_config)
+    check_layer_types(text_config)
     generation = module.generation_config
     return LoadedModel(
         module=module,
         config=text_config,
         tokenizer=tokenizer,
-        geometry=_probe(module, device),
-        max_context=_max_context(text_config),
+        geometry=probe_geometry(module, device),
+        max_context=max_context(text_config),
         eos_token_ids=_eos_token_ids(generation, text_config, tokenizer),
         default_sampling=_default_sampling(generation),
         device=device,
@@ -150,7 +150,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
 
 
-def _check_layer_types(config: PretrainedConfig) -> None:
+def check_layer_types(config: PretrainedConfig) -> None:
     """Refuse what lives in transformers' masks alone, where the probe would not see it."""
     kinds: set[str] = {*(getattr(config, "layer_types", None) or ())}
     kinds -= {"full_attention", "sliding_attention"}
@@ -160,7 +160,7 @@ def _check_layer_types(config: PretrainedConfig) -> None:
         raise ConfigError(f"layers of type {', '.join(sorted(kinds))} are not supported")
 
 
-def _probe(module: nn.Module, device: torch.device) -> ModelGeometry:
+def probe_geometry(module: nn.Module, device: torch.device) -> ModelGeometry:
     """Run two tokens and see what each layer asks of attention."""
     probe = AttentionProbe()
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -205,7 +205,12 @@ def _probe(module: nn.Module, device: torch.device) -> ModelGeometry:
     )
 
 
-def _max_context(config: PretrainedConfig) -> int:
+def max_context(config: PretrainedConfig) -> int:
+    """Longest sequence that a model was made for, in tokens.
+
+    Raises:
+        ConfigError: Its configuration does not say, or its RoPE changes with the length.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         raise ConfigError("the model does not say how many positions it was made for")

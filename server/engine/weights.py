@@ -76,7 +76,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _wanted_dtype(config: EngineConfig, device: torch.device) -> torch.dtype | None:
+def wanted_dtype(config: EngineConfig, device: torch.device) -> torch.dtype | None:
     """The dtype to compute in; None is the checkpoint's own."""
     if config.dtype != "auto":
         named: torch.dtype = getattr(torch, config.dtype)
@@ -88,7 +88,7 @@ def _stored(config: EngineConfig, device: torch.device) -> Any:
     # Eager until probed: transformers checks a name against what a class says it supports.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         **source_of(config),
-        dtype=_wanted_dtype(config, device) or "auto",
+        dtype=wanted_dtype(config, device) or "auto",
         attn_implementation="eager",
         output_loading_info=True,
     )
@@ -108,7 +108,7 @@ def _random(config: EngineConfig, device: torch.device) -> Any:
         raise ConfigError(
             "dummy weights of a quantised checkpoint are not supported", "load_format"
         )
-    dtype = _wanted_dtype(config, device)
+    dtype = wanted_dtype(config, device)
     if dtype is None:
         # transformers leaves a name or a dtype here, on the model's part or on the whole.
         stored: Any = settings.get_text_config().dtype or settings.dtype or torch.float32

@@ -11,6 +11,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernels": frozenset({"kernels"}),
     "cache": frozenset({"cache", "kernels"}),
     "profiling": frozenset({"profiling"}),
+    "loadtest": frozenset({"loadtest", "profiling"}),
     "demo": frozenset({"demo", "profiling"}),
     "server.errors": frozenset({"server.errors"}),
     "server.engine": frozenset({"server.engine", "server.errors", "kernels", "cache", "profiling"}),
@@ -18,8 +19,11 @@ ALLOWED: dict[str, frozenset[str]] = {
     "server.cli": frozenset(
         {
             "server.cli",
+            "server.cli_bench",
             "server.cli_eval",
+            "server.cli_plan",
             "server.cli_profile",
+            "server.cli_ray",
             "server",
             "server.errors",
             "server.engine",
@@ -27,10 +31,13 @@ ALLOWED: dict[str, frozenset[str]] = {
             "profiling",
         }
     ),
+    "server.cli_bench": frozenset({"server", "server.errors", "loadtest"}),
     "server.cli_eval": frozenset({"server", "server.errors", "server.engine", "profiling"}),
+    "server.cli_plan": frozenset({"server", "server.errors", "server.engine"}),
     "server.cli_profile": frozenset({"server", "server.errors", "server.engine", "profiling"}),
+    "server.cli_ray": frozenset({"server", "server.errors", "server.engine", "demo"}),
 }
-ROOMS = ("server", "kernels", "cache", "profiling", "demo")
+ROOMS = ("server", "kernels", "cache", "loadtest", "profiling", "demo")
 
 
 def source_files(root: Path) -> list[Path]:
