@@ -5,8 +5,9 @@ from itertools import pairwise
 from typing import Literal
 
 ErrorKind = Literal["connect", "timeout", "rejected", "http", "stream", "protocol"]
-"""Why a request failed: no connection; no end in time; a 429 or 503; another status; an error after
-the stream had begun, or its sudden end; what came is not what the API says."""
+"""Why a request failed: no connection, or one that ended without an answer; no end in time; a 429
+or 503; another status; an error after the stream had begun, or its sudden end; what came is not
+what the API says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@
 
 lm_eval: log likelihoods over HTTP equal transformers' to 1e-4. guidellm: a load without an error.
 schemathesis: every operation of the OpenAPI document, a thousand cases and more, no 5xx, every
-status, content type and schema as documented. The `openai` client is in the ordinary tests.
+status, content type and schema as documented. headlong_bench: its figures are guidellm's within a
+tenth, on a paced server (bench_check.py). The `openai` client is in the ordinary tests.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import bench_check
+
 from headlong.demo.paths import MODEL_DIR
 from local_server import BIN, serving
 
 HERE = Path(__file__).parent
 MIN_CASES = 1000
 MAX_EXAMPLES = 60
+BENCH_ROUNDS = 3
 # What OpenAPI cannot say, such as that a token id is in the vocabulary, may be refused.
 UNCHECKED = "positive_data_acceptance"
 
@@ -82,10 +86,20 @@ def schemathesis(url: str, clients: Path, folder: Path) -> str:
     return f"schemathesis: {found[1]} cases over {operations[1]} operations, no failure"
 
 
+def headlong_bench(_: str, clients: Path, folder: Path) -> str:
+    """Beside guidellm, on a server of its own: it must be the same at any load."""
+    with bench_check.paced() as url:
+        lines, agree = bench_check.compare(url, clients, folder, BENCH_ROUNDS)
+    if not agree:
+        raise FaultFoundError("\n".join(lines))
+    return "\n".join(["headlong bench: agrees with guidellm on a paced server", *lines])
+
+
 CLIENTS: dict[str, Callable[[str, Path, Path], str]] = {
     "lm_eval": lm_eval,
     "guidellm": guidellm,
     "schemathesis": schemathesis,
+    "headlong_bench": headlong_bench,
 }
 
 
