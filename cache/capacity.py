@@ -19,6 +19,7 @@ from headlong.kernels.layout import (
     GROUP_ALIGNMENT_BYTES,
     ArenaLayout,
     PageLayout,
+    Quantisation,
     build_arena_layout,
 )
 
@@ -34,12 +35,13 @@ class CacheShape:
     Attributes:
         groups: The model's head groups.
         head_dim: Elements of K, and of V, of one head and token.
-        dtype: Of the pages.
+        dtype: Of K and V as the layers make them, and of the pages if these are not quantised.
         block_size: Tokens of a page.
         max_num_seqs: Most sequences that run at once.
         max_num_batched_tokens: Most new tokens of one step.
         wide_tokens: Tokens that sequences with a wider policy than the streaming group's hold in
             all, beside the windows of the others.
+        quantisation: Of the pages; None for none.
     """
 
     groups: tuple[HeadGroup, ...]
@@ -49,21 +51,31 @@ class CacheShape:
     max_num_seqs: int
     max_num_batched_tokens: int
     wide_tokens: int = 0
+    quantisation: Quantisation | None = None
 
     @property
     def page(self) -> PageLayout:
         """Layout of one page."""
-        return PageLayout(self.block_size, self.head_dim, self.dtype)
+        return PageLayout(self.block_size, self.head_dim, self.dtype, self.quantisation)
 
     def block_bytes(self, group: HeadGroup) -> int:
         """Bytes of one block of a group."""
         return len(group.members) * self.page.page_bytes
 
+    def token_bytes(self, group: HeadGroup) -> int:
+        """Bytes that each further token of context adds to a group: 0 if it has a window."""
+        return self.block_bytes(group) // self.block_size if group.policy.keeps_all else 0
+
+    def window_bytes(self, group: HeadGroup) -> int:
+        """Bytes of a group's window and sinks of one long sequence between steps."""
+        if group.policy.keeps_all:
+            return 0
+        return group.policy.steady_blocks(UNBOUNDED, self.block_size) * self.block_bytes(group)
+
     @property
     def growing_token_bytes(self) -> int:
         """Bytes that each further token of context adds, over the groups that grow."""
-        growing = [group for group in self.groups if group.policy.keeps_all]
-        return sum(self.block_bytes(group) for group in growing) // self.block_size
+        return sum(map(self.token_bytes, self.groups))
 
     @property
     def full_token_bytes(self) -> int:
@@ -73,10 +85,13 @@ class CacheShape:
     @property
     def constant_sequence_bytes(self) -> int:
         """Bytes of the windows and sinks of one long sequence between steps."""
+        return sum(map(self.window_bytes, self.groups))
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """Bytes of one sequence of `num_tokens` tokens between steps."""
         return sum(
-            group.policy.steady_blocks(UNBOUNDED, self.block_size) * self.block_bytes(group)
-            for group in self.groups
-            if not group.policy.keeps_all
+            count * self.block_bytes(group)
+            for count, group in zip(self.sequence_blocks(num_tokens, 0), self.groups, strict=True)
         )
 
     def sequence_blocks(self, num_tokens: int, num_new: int) -> tuple[int, ...]:
@@ -192,13 +207,19 @@ class MemoryPlan:
         ]
         return min(growing, default=None)
 
+    def holds(self, num_seqs: int, num_tokens: int) -> bool:
+        """Whether so many sequences of so many tokens can run at once, none evicted.
+
+        It is what admission asks: every one at its full length, in a step of one token.
+        """
+        return all(
+            num_seqs * group.policy.step_blocks(num_tokens, self.shape.block_size) <= blocks
+            for group, blocks in zip(self.shape.groups, self.num_blocks, strict=True)
+        )
+
     def sequence_bytes(self, num_tokens: int) -> int:
         """Bytes of one sequence of `num_tokens` tokens between steps."""
-        blocks = self.shape.sequence_blocks(num_tokens, 0)
-        return sum(
-            count * self.shape.block_bytes(group)
-            for count, group in zip(blocks, self.shape.groups, strict=True)
-        )
+        return self.shape.sequence_bytes(num_tokens)
 
     def full_sequence_bytes(self, num_tokens: int) -> int:
         """Bytes of the same sequence if every head kept everything."""

@@ -12,6 +12,9 @@ from headlong.cache.block_pool import BlockPool
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 
+MISS_REASONS = ("never_seen", "retrieval_evicted", "window_evicted", "partial_block", "salt")
+"""Why tokens are not found; `PrefixMatch` says what each is."""
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:

@@ -4,6 +4,8 @@ page of (layer, kv_head) in block b of group g, in bytes from the start of the a
     group_bases[g] + (b * group_pages[g] + head_pages[layer][kv_head]) * page_bytes[g]
 
 inside a page:  K [block_size, head_dim], then V [block_size, head_dim]
+
+Quantised pages have a size here and no kernels yet: capacity can be planned for them.
 """
 
 from dataclasses import dataclass
@@ -14,17 +16,60 @@ GROUP_ALIGNMENT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How K and V lie in a page in fewer bits than the layers make them of.
+
+    Attributes:
+        name: As the command line spells it.
+        element_bits: Bits of one element.
+        scale_bytes: Bytes of what turns one head's K of one token, and again its V, back: a scale,
+            and a zero point if there is one.
+    """
+
+    name: str
+    element_bits: int
+    scale_bytes: int
+
+
+QUANTISATIONS: dict[str, Quantisation] = {
+    each.name: each
+    for each in (
+        Quantisation("fp8", element_bits=8, scale_bytes=2),
+        Quantisation("int8", element_bits=8, scale_bytes=2),
+        Quantisation("int4", element_bits=4, scale_bytes=4),
+    )
+}
+"""Scales and zero points are float16, one each for every token and head."""
+
+
+@dataclass(frozen=True, slots=True)
 class PageLayout:
-    """K and V of `block_size` tokens for one KV head of one layer."""
+    """K and V of `block_size` tokens for one KV head of one layer.
+
+    Attributes:
+        block_size: Tokens.
+        head_dim: Elements of K, and of V, of one token.
+        dtype: Of the elements, as the layers make them and as they lie here if not quantised.
+        quantisation: How they lie here; None as they are.
+    """
 
     block_size: int
     head_dim: int
     dtype: torch.dtype
+    quantisation: Quantisation | None = None
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one token, K and V together."""
+        if self.quantisation is None:
+            return 2 * self.head_dim * self.dtype.itemsize
+        packed = -(-self.head_dim * self.quantisation.element_bits // 8)
+        return 2 * (packed + self.quantisation.scale_bytes)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, K and V together."""
-        return 2 * self.block_size * self.head_dim * self.dtype.itemsize
+        return self.block_size * self.entry_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from headlong.cache.groups import HeadGroup
 from headlong.kernels.layout import ArenaLayout
 from headlong.server.engine.attention import AttentionProbe
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
+from headlong.server.engine.process_group import least
+from headlong.server.engine.rank_plan import plan_ranks
 from headlong.server.engine.scheduler import SCORED_TOKENS
 from headlong.server.errors import ConfigError
 
@@ -77,24 +79,15 @@ def plan_arena(
         ConfigError: The memory holds no sequence, or not one of the length asked for.
     """
     wanted = config.max_model_len
-    if wanted is not None and wanted > model.max_context:
-        raise ConfigError(
-            f"max_model_len is {wanted}, but the model was made for {model.max_context} tokens",
-            "max_model_len",
-        )
-    max_model_len = model.max_context if wanted is None else wanted
-    shape = CacheShape(
-        groups=groups,
-        head_dim=model.geometry.head_dim,
-        dtype=model.geometry.kv_dtype,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        wide_tokens=config.kv_policy_tokens,
-    )
+    max_model_len = longest_wanted(config, model)
+    shape = cache_shape(config, model.geometry, groups)
     budget = _budget(config, model)
     try:
-        plan, layout = plan_memory(shape, budget.num_bytes, max_model_len)
+        plan, layout = (
+            plan_memory(shape, budget.num_bytes, max_model_len)
+            if model.share is None
+            else plan_ranks(shape, budget.num_bytes, max_model_len, model.share.dealing)
+        )
     except CapacityError as error:
         raise ConfigError(f"{error}{budget.origin}", budget.param) from error
     if wanted is not None and plan.max_sequence_tokens < wanted:
@@ -104,6 +97,42 @@ def plan_arena(
             "max_model_len",
         )
     return plan, layout
+
+
+def longest_wanted(config: EngineConfig, model: ProbedModel) -> int:
+    """Longest sequence that is to be served, if the memory holds it.
+
+    Raises:
+        ConfigError: The model was made for shorter ones.
+    """
+    wanted = config.max_model_len
+    if wanted is not None and wanted > model.max_context:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model was made for {model.max_context} tokens",
+            "max_model_len",
+        )
+    return model.max_context if wanted is None else wanted
+
+
+def utilization_of(config: EngineConfig) -> float:
+    """Fraction of a CUDA device's memory that weights, activations and cache may take."""
+    asked = config.gpu_memory_utilization
+    return GPU_DEFAULT_UTILIZATION if asked is None else asked
+
+
+def cache_shape(
+    config: EngineConfig, geometry: ModelGeometry, groups: tuple[HeadGroup, ...]
+) -> CacheShape:
+    """What sizes the cache of a model, beside its bytes."""
+    return CacheShape(
+        groups=groups,
+        head_dim=geometry.head_dim,
+        dtype=geometry.kv_dtype,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        wide_tokens=config.kv_policy_tokens,
+    )
 
 
 def arena_param(config: EngineConfig, device: torch.device) -> str:
@@ -125,10 +154,12 @@ def _budget(config: EngineConfig, model: LoadedModel) -> _Budget:
     param = arena_param(config, model.device)
     if param == "kv_cache_memory_bytes":
         return _Budget(config.kv_cache_memory_bytes or CPU_DEFAULT_BYTES, param)
-    fraction = config.gpu_memory_utilization
-    utilization = GPU_DEFAULT_UTILIZATION if fraction is None else fraction
+    utilization = utilization_of(config)
     memory = _measure(config, model)
-    return _Budget(memory.cache_bytes(utilization), param, f" ({memory.explain(utilization)})")
+    num_bytes = memory.cache_bytes(utilization)
+    if model.share is not None:
+        num_bytes = least(num_bytes, model.device)
+    return _Budget(num_bytes, param, f" ({memory.explain(utilization)})")
 
 
 def _measure(config: EngineConfig, model: LoadedModel) -> DeviceMemory:
@@ -138,8 +169,7 @@ def _measure(config: EngineConfig, model: LoadedModel) -> DeviceMemory:
     before = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        num_rows = min(config.max_num_batched_tokens, config.max_num_seqs + SCORED_TOKENS)
-        run_without_cache(model, config.max_num_batched_tokens, num_rows)
+        run_largest_step(model, config.max_num_batched_tokens, config.max_num_seqs)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"a step of {config.max_num_batched_tokens} tokens does not fit the memory of {device} "
@@ -149,21 +179,38 @@ def _measure(config: EngineConfig, model: LoadedModel) -> DeviceMemory:
     activation_bytes = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    num_copied_rows = SAMPLING_COPIES * config.max_num_seqs + SCORING_COPIES * SCORED_TOKENS
     return DeviceMemory(
         total_bytes=total_bytes,
         used_bytes=total_bytes - free_bytes,
         activation_bytes=activation_bytes,
-        sampling_bytes=num_copied_rows * model.vocab_size * 4,
+        sampling_bytes=sampling_bytes(config.max_num_seqs, model.vocab_size),
     )
 
 
+def sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """Most bytes that sampling, and scoring prompts, take beside a step's own logits."""
+    num_copied_rows = SAMPLING_COPIES * max_num_seqs + SCORING_COPIES * SCORED_TOKENS
+    return num_copied_rows * vocab_size * 4
+
+
+def run_largest_step(
+    model: ProbedModel, max_num_batched_tokens: int, max_num_seqs: int
+) -> torch.Tensor:
+    """Run the step that takes most memory, without a cache: what it takes sizes the arena.
+
+    Returns:
+        float32 [num_rows, vocab_size], of no meaning.
+    """
+    num_rows = min(max_num_batched_tokens, max_num_seqs + SCORED_TOKENS)
+    return run_without_cache(model, max_num_batched_tokens, num_rows)
+
+
 @torch.inference_mode()
-def run_without_cache(model: LoadedModel, num_tokens: int, num_rows: int) -> torch.Tensor:
+def run_without_cache(model: ProbedModel, num_tokens: int, num_rows: int) -> torch.Tensor:
     """Run all of a step but its attention.
 
     Args:
-        model: The loaded model.
+        model: The model.
         num_tokens: Tokens of the step; may be more than the model's context, as a step holds many
             sequences.
         num_rows: Rows of logits, at most `num_tokens`.

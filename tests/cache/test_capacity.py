@@ -18,6 +18,7 @@ from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
+from headlong.kernels.layout import QUANTISATIONS
 
 STREAMING = HeadPolicy(sink_size=4, window_size=12)
 BLOCK_SIZE = 4
@@ -256,3 +257,53 @@ def test_the_step_and_the_number_of_sequences_size_only_windows() -> None:
     _, few = plan_blocks(shape, budget, 4096)
     _, many = plan_blocks(wide, budget, 4096)
     assert many - few == 2
+
+
+@given(SHAPES, st.integers(0, 200_000), st.integers(1, 300), st.data())
+def test_a_plan_holds_the_sequences_that_can_all_be_admitted(
+    shape: CacheShape, budget_bytes: int, num_tokens: int, data: st.DataObject
+) -> None:
+    try:
+        plan, layout = plan_memory(shape, budget_bytes, num_tokens)
+    except CapacityError:
+        return
+    cache = KVCache(shape.groups, layout)
+    num_seqs = data.draw(st.integers(1, 6))
+    # Nothing is cached and nothing runs, so forks count as sequences of their own.
+    all_of_them = Reservation(cache.policies(), num_tokens, forks=num_seqs - 1)
+    assert plan.holds(num_seqs, num_tokens) == cache.has_room(all_of_them, [])
+
+
+def test_a_plan_holds_no_sequence_without_its_last_block() -> None:
+    shape = build_shape({RETRIEVAL: 1, HeadPolicy(sink_size=4, window_size=14): 1})
+    plan, _ = plan_memory(shape, 100_000, 1000)
+    # 100 tokens; a block of sinks, and 13 tokens before the query's own, which can begin last in
+    # a block: one block more than between steps.
+    exact = dataclasses.replace(plan, num_blocks=(3 * 25, 3 * (1 + 5)))
+    assert exact.holds(3, 100)
+    for group in range(2):
+        fewer = tuple(count - (place == group) for place, count in enumerate(exact.num_blocks))
+        assert not dataclasses.replace(plan, num_blocks=fewer).holds(3, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry_bytes"), [("fp8", 2 * (8 + 2)), ("int8", 2 * (8 + 2)), ("int4", 2 * (4 + 4))]
+)
+def test_quantised_pages_are_sized_by_the_same_code(name: str, entry_bytes: int) -> None:
+    plain = build_shape({RETRIEVAL: 2, STREAMING: 2})
+    small = dataclasses.replace(plain, quantisation=QUANTISATIONS[name])
+    assert small.page.entry_bytes == entry_bytes
+    assert small.growing_token_bytes == 2 * entry_bytes
+    assert small.constant_sequence_bytes * 64 == plain.constant_sequence_bytes * entry_bytes
+    plan, layout = plan_memory(small, 1 << 20, 1 << 20)
+    assert layout.total_bytes == plan.arena_bytes <= 1 << 20
+    more, _ = plan_memory(plain, 1 << 20, 1 << 20)
+    assert plan.max_sequence_tokens > 2.9 * more.max_sequence_tokens
+
+
+def test_bytes_by_group_add_up() -> None:
+    shape = build_shape({RETRIEVAL: 1, STREAMING: 3})
+    retrieval, streaming = shape.groups
+    assert shape.token_bytes(retrieval) == shape.growing_token_bytes
+    assert shape.window_bytes(retrieval) == shape.token_bytes(streaming) == 0
+    assert shape.window_bytes(streaming) == shape.constant_sequence_bytes
