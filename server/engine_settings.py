@@ -84,6 +84,10 @@ class EngineSettings(BaseSettings):
     device: Annotated[
         str | None, Flag("auto, cpu, cuda or cuda:N; auto is CUDA where there is one.", _DEVICE)
     ] = None
+    tensor_parallel_size: Annotated[
+        int | None,
+        Flag("Ranks that compute the model together, each on a CUDA device of its own.", _DEVICE),
+    ] = None
     dtype: Annotated[
         DType | None,
         Flag("Of weights and cache; auto is float32 on a CPU, else the checkpoint's own.", _DEVICE),

@@ -2,7 +2,8 @@
 
 While the engine is idle, a share of the finished requests runs once more, with what its heads kept
 and with the full cache, chunk by chunk side by side. For every token of the completion the two
-distributions are compared. The work makes way at once when a request comes, and starts over later.
+distributions are compared. A request that comes waits for one chunk at most; then the work makes
+way, and starts over later.
 """
 
 import random
@@ -10,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -18,11 +18,10 @@ from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
-from headlong.kernels.backend import AttentionBackend
 from headlong.server.engine.device import free_memory, is_out_of_memory
-from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.runner import Runner
 from headlong.server.engine.sequence import Sequence
-from headlong.server.engine.status import CanaryStats
+from headlong.server.engine.status import CanarySkip, CanaryStats
 from headlong.server.engine.token_scores import PagedForward
 
 MAX_STARTS = 4
@@ -52,9 +51,8 @@ class Canary:
     """Scores finished requests in pieces.
 
     Args:
-        model: The model.
+        runner: Computes with the model, over the cache's arena.
         cache: Where the requests ran, and where they run again.
-        attention: The backend over the cache's arena.
         max_model_len: Most tokens of a request.
         rate: Fraction of the finished requests to score.
         seed: Of the choice.
@@ -62,18 +60,17 @@ class Canary:
 
     def __init__(
         self,
-        model: LoadedModel,
+        runner: Runner,
         cache: KVCache,
-        attention: AttentionBackend[Any],
         max_model_len: int,
         *,
         rate: float,
         seed: int,
     ) -> None:
-        self._model = model
+        self._device = runner.model.device
         self._cache = cache
         self._full = cache.policies(RETRIEVAL)
-        self._forward = PagedForward(model, cache, attention, max_model_len)
+        self._forward = PagedForward(runner, cache, max_model_len)
         self._rate = rate
         self._random = random.Random(seed)
         self._pending: deque[_Finished] = deque()
@@ -115,7 +112,7 @@ class Canary:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            free_memory(self._model.device)
+            free_memory(self._device)
             self._drop("out_of_memory")
         return True
 
@@ -156,7 +153,10 @@ class Canary:
                 stack.enter_context(closing(self._forward.logits(tokens, policies, since=first)))
                 for policies in (finished.policies, self._full)
             )
-            for own, reference in zip(served, full, strict=True):
+            for own in served:
+                # A request that comes waits for a chunk of one of them, not of both.
+                yield
+                reference = next(full)
                 if len(own):
                     _compare(own, reference, sums)
                 yield
@@ -175,13 +175,13 @@ class Canary:
             top1_agreed=before.top1_agreed + sums.agreed,
         )
 
-    def _drop(self, reason: str) -> None:
+    def _drop(self, reason: CanarySkip) -> None:
         self.make_way()
         self._pending.popleft()
         self._num_starts = 0
         self._skip(reason)
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, reason: CanarySkip) -> None:
         self._skipped[reason] += 1
         self.stats = replace(self.stats, skipped=dict(self._skipped))
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from headlong.cache.capacity import MemoryPlan
+from headlong.cache.prefix_match import MISS_REASONS
 from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import CanaryStats, EngineStats
@@ -21,7 +22,10 @@ class Counters:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_hits: int = 0
-    prefix_misses: Counter[str] = field(default_factory=Counter)
+    # With all reasons from the start: of a series that begins at 1, nobody sees the first one.
+    prefix_misses: Counter[str] = field(
+        default_factory=lambda: Counter(dict.fromkeys(MISS_REASONS, 0))
+    )
     step_prefill_tokens: int = 0
     step_decode_tokens: int = 0
     step_s: float = 0.0

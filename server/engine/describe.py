@@ -1,13 +1,19 @@
 """What the engine tells the operator at start."""
 
+import os
 from typing import Protocol
 
 from headlong.cache.capacity import MemoryPlan
 from headlong.cache.groups import STREAMING, HeadGroup
+from headlong.cache.kv_cache import KVCache
 from headlong.profiling.head_map import head_map_lines, head_summary
+from headlong.server.engine.device import rank_device
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.head_dealing import HeadShare
+from headlong.server.engine.head_plan import retrieval_labels
 from headlong.server.engine.model import LoadedModel
-from headlong.server.engine.status import EngineInfo, GroupInfo
+from headlong.server.engine.rank_plan import local_arena
+from headlong.server.engine.status import EngineInfo, GroupInfo, RankInfo
 from headlong.server.engine.weights import dtype_name
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -42,6 +48,11 @@ class Described(Protocol):
         ...
 
     @property
+    def cache(self) -> KVCache:
+        """Owner of all blocks."""
+        ...
+
+    @property
     def max_model_len(self) -> int:
         """Most tokens of a request."""
         ...
@@ -54,19 +65,13 @@ class Described(Protocol):
 
 def describe(engine: Described) -> list[str]:
     """Where it runs; head map, one line a layer; memory plan; what a full cache would need."""
-    geometry = engine.model.geometry
-    keeps_all = {
-        head for group in engine.groups if group.policy.keeps_all for head in group.members
-    }
-    labels = [
-        [(layer, head) in keeps_all for head in range(geometry.num_kv_heads)]
-        for layer in range(geometry.num_layers)
-    ]
+    labels = retrieval_labels(engine.groups, engine.model.geometry)
     return [
         _device_line(engine),
         f"head map: {head_summary(labels)}",
         *(f"  {line}" for line in head_map_lines(labels)),
         *_memory_lines(engine.plan, engine.max_model_len),
+        *_rank_lines(rank_infos(engine)),
     ]
 
 
@@ -103,7 +108,46 @@ def engine_info(engine: Described) -> EngineInfo:
         device=str(model.device),
         dtype=dtype_name(model.dtype),
         lines=tuple(describe(engine)),
+        ranks=tuple(rank_infos(engine)),
+        pid=os.getpid(),
     )
+
+
+def rank_infos(engine: Described) -> list[RankInfo]:
+    """What each rank has of the model."""
+    model = engine.model
+    shares: list[HeadShare | None] = [None]
+    if model.share is not None:
+        dealing = model.share.dealing
+        shares = [HeadShare(dealing, rank) for rank in range(dealing.num_ranks)]
+    found: list[RankInfo] = []
+    for rank, share in enumerate(shares):
+        local = local_arena(engine.cache.layout, engine.groups, share)
+        pages = dict(zip(local.groups, local.layout.group_pages, strict=True))
+        found.append(
+            RankInfo(
+                device=str(model.device) if share is None else str(rank_device(model.device, rank)),
+                num_heads=sum(pages.values()),
+                num_retrieval_heads=sum(
+                    count for group, count in pages.items() if engine.groups[group].policy.keeps_all
+                ),
+                kv_bytes=local.layout.total_bytes,
+            )
+        )
+    return found
+
+
+def _rank_lines(ranks: list[RankInfo]) -> list[str]:
+    if len(ranks) == 1:
+        return []
+    return [
+        f"ranks: {len(ranks)}, which compute together",
+        *(
+            f"  rank {number:<3} {rank.device:<8} {rank.num_retrieval_heads:>5} of "
+            f"{rank.num_heads} KV heads retrieve  {format_bytes(rank.kv_bytes):>10} of KV cache"
+            for number, rank in enumerate(ranks)
+        ),
+    ]
 
 
 def _device_line(engine: Described) -> str:

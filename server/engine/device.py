@@ -12,11 +12,12 @@ from headlong.server.errors import ConfigError
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def choose_device(config: EngineConfig) -> torch.device:
+def choose_device(config: EngineConfig, rank: int = 0) -> torch.device:
     """Settle the device, and refuse what was asked for and means nothing there.
 
     Args:
         config: Its `device` is one that `EngineConfig` accepts.
+        rank: Whose device; with several ranks, each has the CUDA device of its number.
 
     Returns:
         The CPU, or a CUDA device with its index.
@@ -28,6 +29,15 @@ def choose_device(config: EngineConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cpu") if name == "cpu" else _cuda_device(name)
+    if device.type == "cuda" and config.tensor_parallel_size > 1:
+        count = torch.cuda.device_count()
+        if config.tensor_parallel_size > count:
+            raise ConfigError(
+                f"tensor_parallel_size is {config.tensor_parallel_size}, but there are {count} "
+                "CUDA devices",
+                "tensor_parallel_size",
+            )
+        device = rank_device(device, rank)
     if device.type == "cpu" and config.gpu_memory_utilization is not None:
         raise ConfigError(
             "gpu_memory_utilization is for a CUDA device, and the device is cpu: there, "
@@ -46,6 +56,11 @@ def _cuda_device(name: str) -> torch.device:
     if index >= count:
         raise ConfigError(f"device is {name!r}, but there are {count} CUDA devices", "device")
     return torch.device("cuda", index)
+
+
+def rank_device(device: torch.device, rank: int) -> torch.device:
+    """Where one of several ranks computes, if any of them computes on `device`."""
+    return torch.device("cuda", rank) if device.type == "cuda" else device
 
 
 def choose_attention(config: EngineConfig, device: torch.device) -> Literal["triton", "torch"]:

@@ -5,17 +5,12 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from headlong.cache.arena import Arena
-from headlong.cache.capacity import MemoryPlan
-from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
-from headlong.kernels.backend import AttentionBackend, make_backend
-from headlong.kernels.layout import ArenaLayout
 from headlong.server.engine.canary import Canary
 from headlong.server.engine.counters import Counters
 from headlong.server.engine.describe import engine_info
@@ -27,21 +22,23 @@ from headlong.server.engine.device import (
     is_out_of_memory,
 )
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.head_plan import plan_heads, prefix_namespace
-from headlong.server.engine.memory import arena_param, plan_arena
+from headlong.server.engine.follower_link import OnDeath
+from headlong.server.engine.head_plan import prefix_namespace
 from headlong.server.engine.model import LoadedModel, load_model
 from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.packed_forward import PackedForward
+from headlong.server.engine.rank_loading import open_model
+from headlong.server.engine.ranks import Ranks
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.request_plan import RequestPlanner
 from headlong.server.engine.requests import Requests
+from headlong.server.engine.runner import LocalRunner, Runner
 from headlong.server.engine.sampler import SampledToken, sample
-from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import EngineInfo, EngineStats
 from headlong.server.engine.token_reports import TokenReporter
-from headlong.server.engine.weights import first_line
+from headlong.server.engine.warm_up import warm_up
 from headlong.server.errors import ConfigError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +50,7 @@ class Engine:
     Args:
         config: What to load and how.
         model: Loaded already, from the same settings, if engines are to share it.
+        on_rank_death: Called on another thread when another rank ends; see `Ranks`.
 
     Attributes:
         model: The loaded model.
@@ -69,61 +67,67 @@ class Engine:
         ConfigError: The checkpoint, the profile or the memory do not allow a start.
     """
 
-    def __init__(self, config: EngineConfig, model: LoadedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: LoadedModel | None = None,
+        on_rank_death: OnDeath | None = None,
+    ) -> None:
         self.config = config
         device = choose_device(config)
         if model is not None and model.device != device:
             raise ConfigError(f"the model is on {model.device}, and not on {device}", "device")
+        if model is not None and config.tensor_parallel_size > 1:
+            raise ConfigError(
+                "a model that is loaded already runs on one device", "tensor_parallel_size"
+            )
         self.attention_backend: Literal["triton", "torch"] = choose_attention(config, device)
-        self.model = load_model(config) if model is None else model
-        self.groups: tuple[HeadGroup, ...] = plan_heads(config, self.model)
-        self.plan: MemoryPlan
-        layout: ArenaLayout
-        self.plan, layout = plan_arena(config, self.model, self.groups)
+        self._ranks = None if config.tensor_parallel_size == 1 else Ranks(config, on_rank_death)
+        try:
+            self._open(model)
+        except BaseException:
+            if self._ranks is not None:
+                self._ranks.close(by_force=True)
+            raise
+
+    def _open(self, model: LoadedModel | None) -> None:
+        config = self.config
+        opened = (
+            open_model(config, load_model(config) if model is None else model)
+            if self._ranks is None
+            else self._ranks.open()
+        )
+        runner: Runner = opened.runner if self._ranks is None else self._ranks
+        self.model = opened.runner.model
+        self.arena = opened.runner.arena
+        self.groups, self.plan = opened.groups, opened.plan
         self.max_model_len = self.plan.max_sequence_tokens
         self.cache = KVCache(
             self.groups,
-            layout,
+            opened.layout,
             prefix_caching=config.enable_prefix_caching,
             namespace=prefix_namespace(config, self.model, self.groups),
         )
         assert self.cache.fits(self.max_model_len), "a sequence that cannot run would wait for ever"
-        try:
-            self.arena = Arena(layout, device)
-        except (RuntimeError, MemoryError) as error:
-            raise ConfigError(
-                f"cannot allocate {layout.total_bytes} bytes of KV cache",
-                arena_param(config, device),
-            ) from error
-        attention = self._make_attention(layout)
         self.scheduler = Scheduler(self.cache, config)
         self.before_forward: Callable[[Many[str]], None] | None = None
-        self._forward = PackedForward(self.model, attention)
+        self._runner = runner
+        self._forward = PackedForward(runner)
         self._canary = Canary(
-            self.model,
-            self.cache,
-            attention,
-            self.max_model_len,
-            rate=config.canary_rate,
-            seed=config.seed,
+            runner, self.cache, self.max_model_len, rate=config.canary_rate, seed=config.seed
         )
         planner = RequestPlanner(self.cache, config, self.max_model_len, self.model.vocab_size)
         self._requests = Requests(planner, self.scheduler, self.model, config.seed)
         self._reporter = TokenReporter(self.tokenizer)
         self._counters = Counters()
-        self._warm_up()
+        warm_up(self)
         self._forget()
         self._capture_graphs()
 
-    def _make_attention(self, layout: ArenaLayout) -> AttentionBackend[Any]:
-        num_q_heads = self.model.geometry.num_q_heads
-        try:
-            return make_backend(self.attention_backend, self.arena.memory, layout, num_q_heads)
-        except ValueError as error:
-            # A kernel may lack the model's head size or dtype.
-            raise ConfigError(
-                f"{error}; attention_backend 'torch' does without", "attention_backend"
-            ) from error
+    def close(self) -> None:
+        """End the other ranks, if there are any. No step runs after this."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -248,7 +252,7 @@ class Engine:
         sequences: list[Sequence] = []
         for row, sequence in enumerate(complete):
             copies, forked = self.scheduler.fork(sequence)
-            self.arena.copy_blocks(copies)
+            self._runner.copy_blocks(copies)
             sequences += (sequence, *forked)
             rows += [row] * (1 + len(forked))
         if not sequences:
@@ -327,6 +331,7 @@ class Engine:
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
             num_completion_tokens=sequence.num_output_tokens,
+            prefill_chunks=sequence.take_prefill_chunks(),
         )
         if not sequence.finished:
             return output
@@ -338,30 +343,6 @@ class Engine:
             - self.plan.full_sequence_bytes(sequence.num_shared_tokens),
         )
 
-    def _warm_up(self) -> None:
-        """Run the largest step once, so that memory peaks at start and not while serving."""
-        prompt_len = min(self.config.max_num_batched_tokens, self.max_model_len - 1)
-        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.add_request(EngineRequest("warm-up", [0] * prompt_len, params))
-        try:
-            while self.has_work:
-                self.step()
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                "the memory that is left beside the KV cache is too small for a step: give the "
-                "cache less",
-                arena_param(self.config, self.model.device),
-            ) from error
-        except Exception as error:
-            if self.attention_backend != "triton":
-                raise
-            # Triton compiles at the first launch, with the machine's C compiler.
-            raise ConfigError(
-                f"the first step with Triton's kernels failed: {first_line(error)}; "
-                "attention_backend 'torch' does without them",
-                "attention_backend",
-            ) from error
-
     def _forget(self) -> None:
         """Leave no trace of the warm-up in the prefix cache and in the figures."""
         self.cache.forget_prefixes()
@@ -370,9 +351,12 @@ class Engine:
 
     def _capture_graphs(self) -> None:
         """Capture decodes as CUDA graphs where that is possible and wanted."""
-        device = self.model.device
+        device, runner = self.model.device, self._runner
         if device.type != "cuda" or self.config.enforce_eager:
+            return
+        if not isinstance(runner, LocalRunner):
+            # What a graph replays, the other ranks would have to replay at the same time.
             return
         if self.attention_backend == "triton":
             with current(device):
-                self._forward.capture_graphs(self.config.max_num_seqs)
+                self._forward.capture_graphs(runner, self.config.max_num_seqs)

@@ -14,6 +14,10 @@ UNBOUNDED = 2**31 - 1
 """The kernels' window of a head that keeps everything, stated again for the same reason."""
 
 
+MAX_RANKS = 64
+"""Ranks of one machine: none has more devices, and none of the models has more KV heads."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Settings of one engine, checked when made.
@@ -28,13 +32,16 @@ class EngineConfig:
         dtype: Of weights and cache; "auto" is the checkpoint's own on CUDA and float32 on a CPU,
             which most CPUs compute fastest.
         device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA where there is one, else the CPU.
+        tensor_parallel_size: Ranks that compute the model together, each a process with a CUDA
+            device of its own, or with its share of the CPU's cores.
         attention_backend: "triton" or "torch"; "auto" is Triton on CUDA, else PyTorch.
-        enforce_eager: Launch every kernel of a decode anew, without CUDA graphs; a CPU always does.
+        enforce_eager: Launch every kernel of a decode anew, without CUDA graphs; a CPU always does,
+            and so do several ranks.
         load_format: "dummy" makes random weights of the checkpoint's shapes, and reads only its
             configuration and tokenizer.
         block_size: Tokens of a cache page.
-        kv_cache_memory_bytes: Size of the arena; None is 1 GiB on a CPU, and on CUDA what
-            `gpu_memory_utilization` leaves.
+        kv_cache_memory_bytes: Size of the arena, or of each rank's; None is 1 GiB on a CPU, and on
+            CUDA what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: Fraction of a CUDA device's memory that weights, activations and KV
             cache may take together; None is 0.9. Only without `kv_cache_memory_bytes`.
         max_model_len: Most tokens of prompt and completion; None is the model's own limit.
@@ -66,6 +73,7 @@ class EngineConfig:
     window_size: int | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    tensor_parallel_size: int = 1
     attention_backend: AttentionBackendName = "auto"
     enforce_eager: bool = False
     load_format: LoadFormat = "auto"
@@ -92,6 +100,17 @@ class EngineConfig:
 
         known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device)
         check(known is not None, "device", "auto, cpu, cuda or cuda:N")
+        check(
+            1 <= self.tensor_parallel_size <= MAX_RANKS,
+            "tensor_parallel_size",
+            f"in 1 to {MAX_RANKS}",
+        )
+        many = self.tensor_parallel_size > 1
+        check(
+            not many or ":" not in self.device,
+            "device",
+            "one without a number when tensor_parallel_size is more than 1",
+        )
         size = self.block_size
         check(
             8 <= size <= 256 and size & (size - 1) == 0, "block_size", "a power of two in 8 to 256"

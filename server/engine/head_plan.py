@@ -7,16 +7,16 @@ from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.profiling.formats import load_head_profile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
 from headlong.server.errors import ConfigError
 
 
-def plan_heads(config: EngineConfig, model: LoadedModel) -> tuple[HeadGroup, ...]:
+def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...]:
     """Label every KV head and group them.
 
     Args:
         config: Names the profile and what overrides it.
-        model: The loaded model.
+        model: The model, with its weights or without.
 
     Returns:
         The head groups.
@@ -39,6 +39,23 @@ def plan_heads(config: EngineConfig, model: LoadedModel) -> tuple[HeadGroup, ...
     except ValueError as error:
         raise ConfigError(f"profile {config.profile!r}: {error}", "profile") from error
     return build_head_groups(profile_labels, streaming, geometry.native_windows)
+
+
+def retrieval_labels(groups: tuple[HeadGroup, ...], geometry: ModelGeometry) -> list[list[bool]]:
+    """Which heads keep everything, layer by layer.
+
+    Args:
+        groups: The model's head groups.
+        geometry: The model's.
+
+    Returns:
+        [num_layers][num_kv_heads].
+    """
+    keeps_all = {head for group in groups if group.policy.keeps_all for head in group.members}
+    return [
+        [(layer, head) in keeps_all for head in range(geometry.num_kv_heads)]
+        for layer in range(geometry.num_layers)
+    ]
 
 
 def prefix_namespace(

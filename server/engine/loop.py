@@ -64,9 +64,11 @@ class EngineLoop:
         try:
             while self._obey(wait=resting):
                 resting = not (self._step() if self._engine.has_work else self._idle())
-        except Exception:
+        except Exception as error:
             logger.exception("the engine died")
             death = EngineDeadError("the engine stopped on an unexpected error")
+            if isinstance(error, EngineDeadError):
+                death = error
             self._send(Failed(Fault.of(death)))
             return False
         return True

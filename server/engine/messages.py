@@ -15,6 +15,7 @@ from headlong.server.engine.status import EngineInfo, EngineStats
 from headlong.server.errors import (
     ConfigError,
     ContextLengthError,
+    DeadlineExceededError,
     EngineDeadError,
     HeadlongError,
     InvalidRequestError,
@@ -29,6 +30,7 @@ _ERRORS = {
         HeadlongError,
         ConfigError,
         ContextLengthError,
+        DeadlineExceededError,
         EngineDeadError,
         InvalidRequestError,
         RequestAbortedError,
@@ -112,6 +114,13 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     fault: Fault
 
 
+class Lost(msgspec.Struct, frozen=True, tag="lost"):
+    """One request is lost, as its engine was or could not be reached; others go on."""
+
+    request_id: str
+    fault: Fault
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine could not start, or died; it says nothing more."""
 
@@ -119,14 +128,14 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Command = Add | Abort | Stop
-Event = Ready | Report | Refused | Failed
+Event = Ready | Report | Refused | Lost | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Start | Command] = msgspec.msgpack.Decoder(Start | Command)
 _events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
-def encode(message: Start | Command | Event) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """Makes a frame of a message.
 
     Raises:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -21,6 +22,7 @@ from headlong.server.engine.attention import (
 )
 from headlong.server.engine.device import choose_device
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.head_dealing import HeadShare
 from headlong.server.engine.tokenizer import load_tokenizer
 from headlong.server.engine.weights import (
     dtype_name,
@@ -56,28 +58,22 @@ class ModelGeometry:
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to serve.
+class ProbedModel:
+    """A model's code and shapes, its weights there or not.
 
     Attributes:
         module: The transformers model, its attention being ours.
         config: Its text configuration.
-        tokenizer: Its tokenizer.
         geometry: What the cache needs to know.
         max_context: Longest sequence the model was made for.
-        eos_token_ids: Tokens that end a completion.
-        default_sampling: What its generation_config asks for, by SamplingParams field.
         device: Where it is.
         dtype: Of the weights, or of most of them.
     """
 
-    module: nn.Module
+    module: PreTrainedModel
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
     geometry: ModelGeometry
     max_context: int
-    eos_token_ids: frozenset[int]
-    default_sampling: Mapping[str, float | int]
     device: torch.device
     dtype: torch.dtype
 
@@ -115,6 +111,29 @@ class LoadedModel:
         return logits.float()
 
 
+@dataclass(frozen=True)
+class LoadedModel(ProbedModel):
+    """A model ready to serve.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        eos_token_ids: Tokens that end a completion.
+        default_sampling: What its generation_config asks for, by SamplingParams field.
+        share: The heads that are computed here, where several ranks compute the model; all else
+            here is said of the whole model.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: frozenset[int]
+    default_sampling: Mapping[str, float | int]
+    share: HeadShare | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute the model together."""
+        return 1 if self.share is None else self.share.dealing.num_ranks
+
+
 def load_model(config: EngineConfig) -> LoadedModel:
     """Load a checkpoint and check that the engine can run it.
 
@@ -128,11 +147,36 @@ def load_model(config: EngineConfig) -> LoadedModel:
         ConfigError: The checkpoint is missing, truncated or incomplete, or the model needs a
             feature that is not supported, which the message names.
     """
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            "tensor_parallel_size is for serving: here the model runs on one device",
+            "tensor_parallel_size",
+        )
     device = choose_device(config)
+    return _load(config, device, device)
+
+
+def load_on_host(config: EngineConfig, device: torch.device) -> LoadedModel:
+    """Load a checkpoint into the host's memory, as it is to run on a device.
+
+    Args:
+        config: Which one, and how.
+        device: Where it is to run.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        ConfigError: As `load_model`.
+    """
+    return _load(config, device, torch.device("cpu"))
+
+
+def _load(config: EngineConfig, device: torch.device, place: torch.device) -> LoadedModel:
     if config.model.startswith(("/", ".")) and not Path(config.model).is_dir():
         raise ConfigError(f"cannot load model {config.model!r}: there is no such folder", "model")
     tokenizer = load_tokenizer(config)
-    module = load_weights(config, device)
+    module = load_weights(config, device, place)
     module.set_attn_implementation(ATTENTION_NAME)
     text_config = module.config.get_text_config()
     check_layer_types(text_config)
@@ -141,11 +185,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
         module=module,
         config=text_config,
         tokenizer=tokenizer,
-        geometry=probe_geometry(module, device),
+        geometry=probe_geometry(module, place),
         max_context=max_context(text_config),
         eos_token_ids=_eos_token_ids(generation, text_config, tokenizer),
         default_sampling=_default_sampling(generation),
-        device=device,
+        device=place,
         dtype=weights_dtype(module),
     )
 

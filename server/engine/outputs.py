@@ -25,6 +25,22 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """A piece of a prompt that was computed.
+
+    Attributes:
+        ended: When the engine was through with its step, in seconds of `time.monotonic`.
+        num_tokens: Its size.
+        num_steps: Steps that it took: more than one only for the end of a very long prompt, whose
+            chunks are told as one.
+    """
+
+    ended: float
+    num_tokens: int
+    num_steps: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What one step added to one completion of a request.
 
@@ -46,6 +62,8 @@ class RequestOutput:
         error_code: What kind of failure, "request_aborted", "invalid_structure" or
             "deadline_exceeded".
         queued_s: On the first output of a request, seconds from its arrival to its first step.
+        prefill_chunks: Chunks of the prompt that were computed since the last output; after a
+            preemption also those of the completion.
         prompt_logprobs: If asked for, on one output of completion 0: one entry for each token of
             the prompt but the first, which nothing predicts.
         cache_misses: On the last output, prompt tokens that the prefix cache did not have, by
@@ -67,6 +85,7 @@ class RequestOutput:
     error: str | None = None
     error_code: str | None = None
     queued_s: float | None = None
+    prefill_chunks: tuple[PrefillChunk, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
     cache_misses: Mapping[str, int] = field(default_factory=dict)
     kv_bytes_peak: int = 0

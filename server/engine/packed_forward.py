@@ -3,16 +3,13 @@
 import logging
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from headlong.kernels.backend import AttentionBackend
-from headlong.server.engine.attention import PagedStep
 from headlong.server.engine.batch import build_attention_batch, packed_positions
-from headlong.server.engine.device import to_device
-from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.runner import LocalRunner, Runner
 from headlong.server.engine.scheduler import ScheduledChunk
 from headlong.server.engine.token_reports import PromptRows, prompt_rows
 
@@ -39,17 +36,14 @@ class PackedForward:
     """Runs chunks of many sequences at once.
 
     Args:
-        model: The model.
-        attention: Its attention over the arena.
+        runner: Computes them.
 
     Attributes:
-        attention: The same.
         graphs: The same for steps that only decode, or None.
     """
 
-    def __init__(self, model: LoadedModel, attention: AttentionBackend[Any]) -> None:
-        self._model = model
-        self.attention = attention
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         self.graphs: DecodeGraphs | None = None
 
     def run(self, chunks: Many[ScheduledChunk]) -> StepLogits:
@@ -68,38 +62,38 @@ class PackedForward:
         ends = np.cumsum(counts).tolist()
         complete = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
         scored = [
-            rows
+            each
             for chunk, end in zip(chunks, ends, strict=True)
-            if (rows := prompt_rows(chunk.sequence, end - chunk.num_tokens, chunk.num_tokens))
+            if (each := prompt_rows(chunk.sequence, end - chunk.num_tokens, chunk.num_tokens))
         ]
         if self.graphs is not None and len(complete) == len(tokens) and not scored:
             logits = self.graphs.forward(token_ids, positions, batch)
             if logits is not None:
                 return StepLogits(logits, [])
         wanted = list(complete)
-        for rows in scored:
-            wanted += range(rows.first_row, rows.first_row + len(rows.targets))
-        device = self._model.device
-        logits = self._model.forward(
-            to_device(token_ids, device),
-            to_device(positions, device),
-            to_device(torch.tensor(wanted, dtype=torch.int64), device),
-            PagedStep(self.attention, self.attention.plan(batch)),
-        )
-        sizes = [len(complete), *(len(rows.targets) for rows in scored)]
+        for each in scored:
+            wanted += range(each.first_row, each.first_row + len(each.targets))
+        rows = torch.tensor(wanted, dtype=torch.int64)
+        logits = self._runner.forward(token_ids, positions, batch, rows)
+        sizes = [len(complete), *(len(each.targets) for each in scored)]
         parts = torch.split(logits, sizes)
         return StepLogits(parts[0], list(zip(scored, parts[1:], strict=True)))
 
     @torch.inference_mode()
-    def capture_graphs(self, max_num_seqs: int) -> None:
-        """Capture decodes as CUDA graphs; without them if that is not possible."""
+    def capture_graphs(self, runner: LocalRunner, max_num_seqs: int) -> None:
+        """Capture decodes as CUDA graphs; without them if that is not possible.
+
+        Args:
+            runner: The one that computes here, alone.
+            max_num_seqs: Most sequences of a step.
+        """
         # Both import Triton, which need not be there.
         from headlong.kernels.triton_attention import TritonAttention  # noqa: PLC0415
         from headlong.server.engine.decode_graphs import DecodeGraphs  # noqa: PLC0415
 
-        assert isinstance(self.attention, TritonAttention)
+        assert isinstance(runner.attention, TritonAttention)
         try:
-            self.graphs = DecodeGraphs(self._model, self.attention, max_num_seqs)
+            self.graphs = DecodeGraphs(runner.model, runner.attention, max_num_seqs)
         except torch.OutOfMemoryError:
             logger.warning("CUDA graphs are off: there is no memory for them beside the KV cache")
         except RuntimeError as error:

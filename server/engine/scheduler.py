@@ -113,9 +113,12 @@ class Scheduler:
 
     def advance(self, chunks: list[ScheduledChunk]) -> None:
         """After the step: its tokens are cached and can be found, and windows move on."""
+        now = time.monotonic()
         for chunk in chunks:
             sequence = chunk.sequence
             decoded = sequence.decoding
+            if not decoded:
+                sequence.note_prefill(now, chunk.num_tokens)
             sequence.num_computed_tokens += chunk.num_tokens
             self.cache.publish(chunk.cache, sequence.keys)
             self.cache.release_expired(chunk.cache)

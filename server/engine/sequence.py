@@ -14,7 +14,7 @@ from headlong.cache.prefix_match import PrefixMatch
 from headlong.cache.reservation import Reservation
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.server.engine.detokenizer import Detokenizer, StopStrings
-from headlong.server.engine.outputs import FinishReason, PositionLogprobs
+from headlong.server.engine.outputs import FinishReason, PositionLogprobs, PrefillChunk
 from headlong.server.engine.request import EngineRequest
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 UNASKED_COMPLETION_TOKENS = 1024
 """Reserved for a completion whose length the client left open."""
+MAX_PREFILL_CHUNKS = 64
+"""Most chunks that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Sequence:
         self.generator = torch.Generator(device)
         self.generator.manual_seed(seed)
         self._parked: list[Sequence] = []
+        self._prefill_chunks: list[PrefillChunk] = []
         self._detokenizer = Detokenizer(
             tokenizer, self.token_ids, skip_special_tokens=self.params.skip_special_tokens
         )
@@ -189,6 +192,25 @@ class Sequence:
         self.num_computed_tokens = 0
         if self.scores_prompt:
             self.prompt_logprobs = []
+
+    def note_prefill(self, ended: float, num_tokens: int) -> None:
+        """Remember a chunk that was computed.
+
+        Args:
+            ended: When, in seconds of `time.monotonic`.
+            num_tokens: Its size.
+        """
+        num_steps = 1
+        if len(self._prefill_chunks) == MAX_PREFILL_CHUNKS:
+            last = self._prefill_chunks.pop()
+            num_tokens += last.num_tokens
+            num_steps += last.num_steps
+        self._prefill_chunks.append(PrefillChunk(ended, num_tokens, num_steps))
+
+    def take_prefill_chunks(self) -> tuple[PrefillChunk, ...]:
+        """Hand out the chunks that were computed since the last call."""
+        chunks, self._prefill_chunks = self._prefill_chunks, []
+        return tuple(chunks)
 
     def note_bytes(self, cache: KVCache) -> None:
         """Remember the most bytes of blocks that it held."""

@@ -2,6 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+CanarySkip = Literal["full_already", "busy", "no_room", "out_of_memory", "interrupted"]
+"""Why a finished request that was chosen is not scored: it kept everything, others wait, blocks or
+memory do not suffice, or requests came too often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +31,23 @@ class GroupInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankInfo:
+    """What one of the ranks that compute a model together has of it.
+
+    Attributes:
+        device: Where it computes.
+        num_heads: KV heads of all layers that it computes.
+        num_retrieval_heads: Of these, heads that keep everything.
+        kv_bytes: Its part of the KV cache.
+    """
+
+    device: str
+    num_heads: int
+    num_retrieval_heads: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What does not change after the start.
 
@@ -43,6 +65,8 @@ class EngineInfo:
         device: Where it runs.
         dtype: Of the weights.
         lines: The same for the operator to read.
+        ranks: What each rank has; one if the model runs on one device.
+        pid: The process that it runs in; None if that is on another machine.
     """
 
     model: str
@@ -58,6 +82,8 @@ class EngineInfo:
     device: str
     dtype: str
     lines: tuple[str, ...]
+    ranks: tuple[RankInfo, ...] = ()
+    pid: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +97,7 @@ class CanaryStats:
         tokens: Their completion tokens.
         kl_sum: Sum over these tokens of KL(full || served), in nats.
         top1_agreed: Tokens whose most probable candidate is the same.
-        skipped: Requests chosen but not scored, by reason.
+        skipped: Requests chosen but not scored, by `CanarySkip`.
     """
 
     requests: int = 0

@@ -7,23 +7,20 @@ with the full one token by token.
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
-from headlong.cache.arena import Arena
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.backend import AttentionBackend, make_backend
-from headlong.server.engine.attention import PagedStep
 from headlong.server.engine.batch import build_attention_batch, packed_positions
-from headlong.server.engine.device import choose_attention, current, to_device
+from headlong.server.engine.device import current
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.head_plan import plan_heads
 from headlong.server.engine.memory import plan_arena
 from headlong.server.engine.model import LoadedModel
+from headlong.server.engine.runner import Runner, open_runner
 from headlong.server.errors import ContextLengthError, InvalidRequestError
 
 DEFAULT_CHUNK_TOKENS = 256
@@ -35,9 +32,8 @@ class PagedForward:
     Not thread-safe. What it owns of the cache between two calls is nothing.
 
     Args:
-        model: The loaded model.
+        runner: Computes with the model, over the cache's arena.
         cache: Owner of the blocks; others may own blocks of it too.
-        attention: The backend over the cache's arena.
         max_model_len: Most tokens of a sequence.
         chunk_tokens: Tokens of one step; memory grows with it, logits do not depend on it.
 
@@ -50,17 +46,15 @@ class PagedForward:
 
     def __init__(
         self,
-        model: LoadedModel,
+        runner: Runner,
         cache: KVCache,
-        attention: AttentionBackend[Any],
         max_model_len: int,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-        self._model = model
+        self._runner = runner
         self._cache = cache
-        self._attention = attention
         self._max_model_len = max_model_len
         self._chunk_tokens = chunk_tokens
         self.kv_bytes = 0
@@ -102,10 +96,9 @@ class PagedForward:
     def _check(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise InvalidRequestError("the text has no tokens", "prompt")
-        if not 0 <= min(token_ids) <= max(token_ids) < self._model.vocab_size:
-            raise InvalidRequestError(
-                f"a token id is not in 0 to {self._model.vocab_size - 1}", "prompt"
-            )
+        vocab_size = self._runner.model.vocab_size
+        if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise InvalidRequestError(f"a token id is not in 0 to {vocab_size - 1}", "prompt")
         if len(token_ids) > self._max_model_len:
             raise ContextLengthError(
                 f"the text has {len(token_ids)} tokens; the longest is {self._max_model_len}",
@@ -119,14 +112,12 @@ class PagedForward:
         count = len(token_ids)
         self._cache.extend(sequence, count)
         positions = packed_positions(np.array([sequence.num_tokens]), np.array([count]))
-        device = self._model.device
-        with current(device):
-            plan = self._attention.plan(build_attention_batch([sequence], [count]))
-            logits = self._model.forward(
-                to_device(torch.tensor(token_ids), device),
-                to_device(torch.from_numpy(positions), device),
-                torch.arange(min(first_row, count), count, device=device),
-                PagedStep(self._attention, plan),
+        with current(self._runner.model.device):
+            logits = self._runner.forward(
+                torch.tensor(token_ids),
+                torch.from_numpy(positions),
+                build_attention_batch([sequence], [count]),
+                torch.arange(min(first_row, count), count),
             )
         self._cache.release_expired(sequence)
         return logits
@@ -154,11 +145,5 @@ def open_paged_forward(
     )
     groups = plan_heads(sized, model)
     plan, layout = plan_arena(sized, model, groups)
-    backend = make_backend(
-        choose_attention(sized, model.device),
-        Arena(layout, model.device).memory,
-        layout,
-        model.geometry.num_q_heads,
-    )
-    cache = KVCache(groups, layout)
-    return PagedForward(model, cache, backend, plan.max_sequence_tokens, chunk_tokens)
+    runner = open_runner(sized, model, groups, layout)
+    return PagedForward(runner, KVCache(groups, layout), plan.max_sequence_tokens, chunk_tokens)

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.errors import ConfigError
 
 
-def load_weights(config: EngineConfig, device: torch.device) -> Any:
+def load_weights(
+    config: EngineConfig, device: torch.device, place: torch.device | None = None
+) -> Any:
     """Load a model's weights, or make them.
 
     Args:
         config: Which checkpoint, and how.
-        device: Where it goes.
+        device: Where it is to run.
+        place: Where it goes; by default there.
 
     Returns:
         The transformers model, its attention being transformers' own eager one, ready to run.
@@ -25,13 +28,17 @@ def load_weights(config: EngineConfig, device: torch.device) -> Any:
     Raises:
         ConfigError: The checkpoint is missing, truncated or incomplete, or does not fit the device.
     """
-    make = _random if config.load_format == "dummy" else _stored
+    place = device if place is None else place
     try:
-        return make(config, device).eval().requires_grad_(False).to(device)
+        if config.load_format == "dummy":
+            module = _random(config, device, place)
+        else:
+            module = _stored(config, device)
+        return module.eval().requires_grad_(False).to(place)
     except ConfigError:
         raise
     except torch.OutOfMemoryError as error:
-        raise ConfigError(f"model {config.model!r} does not fit the memory of {device}") from error
+        raise ConfigError(f"model {config.model!r} does not fit the memory of {place}") from error
     except Exception as error:  # transformers and safetensors raise many kinds
         raise ConfigError(f"cannot load model {config.model!r}: {first_line(error)}") from error
 
@@ -101,14 +108,34 @@ def _stored(config: EngineConfig, device: torch.device) -> Any:
     return module
 
 
-def _random(config: EngineConfig, device: torch.device) -> Any:
+def _random(config: EngineConfig, device: torch.device, place: torch.device) -> Any:
     """Weights as the model's own initialisation draws them, made where they are to lie."""
     settings = AutoConfig.from_pretrained(**source_of(config))
     if getattr(settings, "quantization_config", None) is not None:
         raise ConfigError(
             "dummy weights of a quantised checkpoint are not supported", "load_format"
         )
-    dtype = wanted_dtype(config, device)
+    return make_model(settings, config, place, device)
+
+
+def make_model(
+    settings: PretrainedConfig,
+    config: EngineConfig,
+    device: torch.device,
+    runs_on: torch.device | None = None,
+) -> Any:
+    """Make a model of random weights; on the meta device it has shapes and no weights.
+
+    Args:
+        settings: The checkpoint's configuration.
+        config: Its dtype, its seed and whether its own code may run.
+        device: Where the weights are to lie.
+        runs_on: Where the model is to run, which its dtype may depend on; by default there.
+
+    Returns:
+        The transformers model, its attention being transformers' own eager one.
+    """
+    dtype = wanted_dtype(config, device if runs_on is None else runs_on)
     if dtype is None:
         # transformers leaves a name or a dtype here, on the model's part or on the whole.
         stored: Any = settings.get_text_config().dtype or settings.dtype or torch.float32

@@ -54,11 +54,19 @@ def serve(sock: socket.socket) -> int:
     commands: CommandQueue = queue.SimpleQueue()
     threading.Thread(target=_read, args=(messages, commands), daemon=True).start()
 
+    sending = threading.Lock()
+
     def send(event: Event) -> None:
         try:
-            sock.sendall(encode(event))
+            with sending:
+                sock.sendall(encode(event))
         except OSError:
             _leave()
+
+    def die(error: HeadlongError) -> NoReturn:
+        # The engine may wait for that rank inside a collective, for ever.
+        send(Failed(Fault.of(error)))
+        _leave()
 
     # PyTorch takes seconds to import: from here on the server's end is watched.
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
@@ -68,7 +76,7 @@ def serve(sock: socket.socket) -> int:
     if not start.progress_bars:
         disable_progress_bar()
     try:
-        engine = Engine(start.config)
+        engine = Engine(start.config, on_rank_death=die)
     except HeadlongError as error:
         send(Failed(Fault.of(error)))
         return EXIT_FAILURE
@@ -82,7 +90,9 @@ def serve(sock: socket.socket) -> int:
         return EXIT_FAILURE
     send(Ready(engine.info()))
     loop = EngineLoop(engine, commands, send, start.faults)
-    return 0 if loop.run() else EXIT_FAILURE
+    stopped = loop.run()
+    engine.close()
+    return 0 if stopped else EXIT_FAILURE
 
 
 def _messages(sock: socket.socket) -> Iterator[Start | Command]:
@@ -106,7 +116,7 @@ def _read(messages: Iterator[Start | Command], commands: CommandQueue) -> None:
 
 
 def _leave() -> NoReturn:
-    """End at once, whatever other threads do: the server is gone, and nobody is left to serve."""
+    """End at once, whatever other threads do: nobody is left to serve, or nothing to serve with."""
     os._exit(EXIT_FAILURE)
 
 

@@ -10,6 +10,7 @@ from headlong.profiling.head_profile import HeadProfile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.follower_link import OnDeath
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 
@@ -17,14 +18,17 @@ SINK_SIZE = 5
 WINDOW_SIZE = 21
 
 
-def build_engine(folder: Path, **changes: object) -> Engine:
+def build_engine(
+    folder: Path, on_rank_death: OnDeath | None = None, /, **changes: object
+) -> Engine:
     settings: dict[str, object] = {
         "device": "cpu",
         "kv_cache_memory_bytes": 16 << 20,
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
     }
-    return Engine(EngineConfig(model=str(folder), **(settings | changes)))  # type: ignore[arg-type]
+    config = EngineConfig(model=str(folder), **(settings | changes))  # type: ignore[arg-type]
+    return Engine(config, on_rank_death=on_rank_death)
 
 
 def random_profile(folder: Path, target: Path, seed: int, sparsity: float = 0.5) -> Path:

@@ -45,7 +45,7 @@ def serve(engine: Engine, name: str = "r", **options: object) -> list[int]:
 
 
 def logits_of(engine: Engine, tokens: list[int], *, full: bool) -> torch.Tensor:
-    forward = PagedForward(engine.model, engine.cache, engine._forward.attention, 512)
+    forward = PagedForward(engine._runner, engine.cache, 512)
     policies = engine.cache.policies(RETRIEVAL if full else None)
     return torch.cat(list(forward.logits(tokens, policies))).double()
 
@@ -90,6 +90,29 @@ def test_it_makes_way_for_requests_and_starts_over(build: Callable[..., Engine])
         pass
     assert engine.stats().canary.requests == 1
     assert engine.stats().canary.tokens == len(tokens)
+
+
+def test_a_piece_is_one_pass_of_the_model(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that comes waits for the piece that runs: for no more than a chunk."""
+    engine = build()
+    tokens = serve(engine)
+    sizes: list[int] = []
+    forward = engine._runner.forward
+
+    def counted(token_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(len(token_ids))
+        return forward(token_ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine._runner, "forward", counted)
+    monkeypatch.setattr(engine._canary._forward, "_chunk_tokens", 40)
+    before = 0
+    while engine.idle_step():
+        assert len(sizes) - before <= 1
+        before = len(sizes)
+    whole = len(PROMPT) + len(tokens) - 1
+    assert sizes == [40, 40, 40, 40, whole - 80, whole - 80]
 
 
 def test_it_gives_up_what_is_interrupted_again_and_again(build: Callable[..., Engine]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from headlong.server.engine.engine import Engine
+from headlong.server.engine.runner import LocalRunner
 from headlong.server.errors import ConfigError
 from support.engines import build_engine, greedy, random_profile, random_prompts, run
 from support.tiny_models import VOCAB_SIZE
@@ -38,10 +39,10 @@ def with_graphs(engine: Engine) -> "DecodeGraphs":
     from headlong.kernels.triton_attention import TritonAttention
     from headlong.server.engine.decode_graphs import DecodeGraphs
 
-    assert isinstance(engine._forward.attention, TritonAttention)
-    graphs = DecodeGraphs(
-        engine.model, engine._forward.attention, engine.config.max_num_seqs, run_again
-    )
+    runner = engine._runner
+    assert isinstance(runner, LocalRunner)
+    assert isinstance(runner.attention, TritonAttention)
+    graphs = DecodeGraphs(engine.model, runner.attention, engine.config.max_num_seqs, run_again)
     engine._forward.graphs = graphs
     return graphs
 

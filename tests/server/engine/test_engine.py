@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headlong.server.engine import engine as engine_module
+from headlong.server.engine import runner as runner_module
 from headlong.server.engine.describe import describe
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
@@ -79,7 +80,7 @@ def test_a_backend_that_cannot_serve_the_model_is_named(
     def make_backend(*args: object) -> object:
         raise ValueError("no kernel for a head of 7")
 
-    monkeypatch.setattr(engine_module, "make_backend", make_backend)
+    monkeypatch.setattr(runner_module, "make_backend", make_backend)
     with pytest.raises(ConfigError, match="head of 7") as caught:
         Engine(engine.config, engine.model)
     assert caught.value.param == "attention_backend"

@@ -21,10 +21,15 @@ from headlong.server.engine.messages import (
     decode_event,
     encode,
 )
-from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
+from headlong.server.engine.outputs import (
+    PositionLogprobs,
+    PrefillChunk,
+    RequestOutput,
+    TokenLogprob,
+)
 from headlong.server.engine.request import EngineRequest, KVPolicy
 from headlong.server.engine.sampling_params import SamplingParams, Structure
-from headlong.server.engine.status import CanaryStats, EngineInfo, EngineStats, GroupInfo
+from headlong.server.engine.status import CanaryStats, EngineInfo, EngineStats, GroupInfo, RankInfo
 from headlong.server.errors import (
     ConfigError,
     ContextLengthError,
@@ -69,6 +74,7 @@ OUTPUT = RequestOutput(
     num_completion_tokens=2,
     index=2,
     queued_s=0.1,
+    prefill_chunks=(PrefillChunk(1.5, 7), PrefillChunk(2.5, 3, 2)),
     prompt_logprobs=(POSITION,),
     cache_misses={"new": 2},
     kv_bytes_peak=2**40,
@@ -91,6 +97,8 @@ INFO = EngineInfo(
     device="cpu",
     dtype="float32",
     lines=("a", "b"),
+    ranks=(RankInfo(device="cpu", num_heads=4, num_retrieval_heads=1, kv_bytes=4096),),
+    pid=7,
 )
 STATS = EngineStats(
     steps_total=4,

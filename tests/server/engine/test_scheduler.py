@@ -215,6 +215,43 @@ def test_one_that_lost_its_blocks_goes_on_alone(
     assert engine.stats().preemptions_total > 2
 
 
+def test_the_first_token_tells_of_the_chunks(build: Callable[..., Engine]) -> None:
+    engine = build(max_num_batched_tokens=64)
+    add(engine, "r", LONG)
+    outputs = finish(engine)
+    (first,) = [each for each in outputs if each.prefill_chunks]
+    assert first.num_completion_tokens == 1
+    told = first.prefill_chunks
+    assert [each.num_tokens for each in told] == [64] * 6 + [16]
+    assert all(each.num_steps == 1 for each in told)
+    times = [each.ended for each in told]
+    assert times == sorted(times)
+
+
+def test_chunks_that_are_computed_again_are_told_again(build: Callable[..., Engine]) -> None:
+    engine = build(enable_prefix_caching=False)
+    add(engine, "r", SHORT[0], 6)
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+        (sequence,) = engine.scheduler.running or [None]
+        if sequence is not None and sequence.num_output_tokens == 3 and not sequence.num_passed:
+            engine.scheduler._preempt(sequence)
+            sequence.num_passed = 1
+    told = [chunk.num_tokens for each in outputs for chunk in each.prefill_chunks]
+    assert told == [len(SHORT[0]), len(SHORT[0]) + 3]
+
+
+def test_the_chunks_of_a_very_long_prompt_are_bounded(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequence_module, "MAX_PREFILL_CHUNKS", 3)
+    engine = build(max_num_batched_tokens=64)
+    add(engine, "r", LONG)
+    (told,) = filter(None, (each.prefill_chunks for each in finish(engine)))
+    assert [(each.num_tokens, each.num_steps) for each in told] == [(64, 1), (64, 1), (272, 5)]
+
+
 def test_prompts_that_are_scored_leave_the_step_to_others(build: Callable[..., Engine]) -> None:
     engine = build(max_num_batched_tokens=512)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)

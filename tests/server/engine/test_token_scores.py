@@ -147,7 +147,7 @@ def test_what_cannot_be_run_is_refused(tiny_model: Callable[[str], Path]) -> Non
     config = EngineConfig(model=str(folder), device="cpu")
     model = load_model(config)
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
-        PagedForward(model, forward._cache, forward._attention, 160, 0)
+        PagedForward(forward._runner, forward._cache, 160, 0)
     small = replace(config, kv_cache_memory_bytes=4096)
     with pytest.raises(ConfigError, match="4096 bytes"):
         open_paged_forward(small, model, 160)

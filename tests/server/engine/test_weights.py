@@ -107,8 +107,8 @@ def test_the_cache_takes_the_dtype_of_the_keys(
 def test_keys_of_a_dtype_without_a_cache_are_refused(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def widened(config: EngineConfig, device: torch.device) -> object:
-        return load_weights(config, device).double()
+    def widened(config: EngineConfig, device: torch.device, place: torch.device) -> object:
+        return load_weights(config, device, place).double()
 
     monkeypatch.setattr("headlong.server.engine.model.load_weights", widened)
     with pytest.raises(ConfigError, match="float64 is not supported") as caught:
