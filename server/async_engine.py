@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Literal
 from transformers import PreTrainedTokenizerBase
 
 from headlong.server.config import DEFAULT_HANG_TIMEOUT_S, DEFAULT_MAX_NUM_QUEUED_REQS
-from headlong.server.engine.messages import Abort, Add, Event, Failed, Ready, Refused, Report
+from headlong.server.engine.messages import (
+    Abort,
+    Add,
+    Event,
+    Failed,
+    Lost,
+    Ready,
+    Refused,
+    Report,
+)
 from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.status import EngineInfo, EngineStats
@@ -48,7 +57,6 @@ class AsyncEngine:
         observer: Told of every step and request.
 
     Attributes:
-        info: What the engine is.
         stats: How it did after its latest report.
         state: Whether it takes requests: after its death by an error or by `shutdown` it is "dead".
         observer: Told of every step and request; may be replaced before `start`.
@@ -63,7 +71,6 @@ class AsyncEngine:
         observer: Observer | None = None,
     ) -> None:
         self._link = engine if isinstance(engine, EngineLink) else EngineThread(engine)
-        self.info: EngineInfo = self._link.info
         self.stats = EngineStats()
         self.state: EngineState = "starting"
         self.observer: Observer = NoObserver() if observer is None else observer
@@ -73,6 +80,11 @@ class AsyncEngine:
         self._reported = False
         self._watch: asyncio.Task[None] | None = None
         self._died = asyncio.Event()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is; of several replicas, what there is of it now."""
+        return self._link.info
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -227,6 +239,9 @@ class AsyncEngine:
             case Refused(request_id, fault):
                 if (stream := self._streams.get(request_id)) is not None:
                     stream.refuse(fault.error())
+            case Lost(request_id, fault):
+                if (stream := self._streams.get(request_id)) is not None:
+                    stream.fail(fault.error())
             case Failed(fault):
                 self._die(fault.message)
             case Ready():

@@ -7,12 +7,15 @@ from headlong.server.engine_process import EngineProcess
 from headlong.server.logs import log_config
 
 
-def start_engine(engine_config: EngineConfig, server_config: ServerConfig) -> AsyncEngine:
+def start_engine(
+    engine_config: EngineConfig, server_config: ServerConfig, *, progress_bars: bool = True
+) -> AsyncEngine:
     """Starts an engine in a process of its own, and waits until it is ready.
 
     Args:
         engine_config: What to load and how.
         server_config: How it is served.
+        progress_bars: Whether libraries may draw them among logs in text.
 
     Returns:
         The engine; its process ends with this one.
@@ -25,7 +28,7 @@ def start_engine(engine_config: EngineConfig, server_config: ServerConfig) -> As
         EngineProcess(
             engine_config,
             log_config(server_config),
-            progress_bars=server_config.log_format == "text",
+            progress_bars=progress_bars and server_config.log_format == "text",
         ),
         max_num_queued_reqs=server_config.max_num_queued_reqs,
         hang_timeout=server_config.hang_timeout,
