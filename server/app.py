@@ -1,11 +1,12 @@
 """The HTTP application."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from prometheus_client.registry import Collector
 from starlette.middleware.cors import CORSMiddleware
 
 from headlong.server.api_keys import ApiKeys, read_api_keys
@@ -33,23 +34,29 @@ from headlong.server.sampling import ModelLimits
 from headlong.server.send_timeout import SendTimeoutMiddleware
 from headlong.server.serving import Serving
 from headlong.server.tool_styles import choose_tool_style
+from headlong.server.tracing import start_tracing
 
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine
+    from headlong.server.request_traces import RequestTraces
 
 
-def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
+def create_app(
+    engine: "AsyncEngine", config: ServerConfig, collectors: Iterable[Collector] = ()
+) -> FastAPI:
     """Makes the application that serves one engine.
 
     Args:
         engine: Started and shut down with the application.
         config: How it is served.
+        collectors: What `/metrics` tells beside what it always does.
 
     Returns:
         An ASGI application.
 
     Raises:
-        ConfigError: The chat template or the keys cannot be read, or the template is no Jinja.
+        ConfigError: The chat template or the keys cannot be read, the template is no Jinja, or
+            requests cannot be traced.
     """
     chat_template = config.read_chat_template()
     keys = read_api_keys(config)
@@ -68,7 +75,13 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
     )
     recent = RecentFigures()
     metrics = Metrics(engine, next(iter(config.served_model_name), engine.info.model))
-    engine.observer = JoinedObserver((engine.observer, recent, metrics))
+    for collector in collectors:
+        metrics.register(collector)
+    traces = start_tracing(config)
+    observers = [engine.observer, recent, metrics]
+    if traces is not None:
+        observers.append(traces.observer)
+    engine.observer = JoinedObserver(observers)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -77,6 +90,8 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
             yield
         finally:
             await engine.shutdown()
+            if traces is not None:
+                await traces.close()
 
     app = DocumentedAPI(
         needs_key=bool(keys),
@@ -90,7 +105,7 @@ def create_app(engine: "AsyncEngine", config: ServerConfig) -> FastAPI:
         redirect_slashes=False,
     )
     max_body_bytes = config.max_body_bytes or default_max_body_bytes(engine.max_model_len)
-    _add_middleware(app, config, metrics, keys, max_body_bytes)
+    _add_middleware(app, config, metrics, keys, max_body_bytes, traces)
     install_error_handlers(app)
     for make_router in (
         completions_router,
@@ -113,6 +128,7 @@ def _add_middleware(
     metrics: Metrics,
     keys: ApiKeys,
     max_body_bytes: int,
+    traces: "RequestTraces | None",
 ) -> None:
     """Wraps the application, from the inside out."""
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=max_body_bytes)
@@ -129,6 +145,8 @@ def _add_middleware(
             allow_headers=("*",),
             expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
         )
+    if traces is not None:
+        app.add_middleware(traces.wrap)
     app.add_middleware(
         RequestLogMiddleware, on_rejected=metrics.count_rejection, log_bodies=config.log_requests
     )

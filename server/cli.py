@@ -12,9 +12,12 @@ from typing import Annotated
 
 import typer
 
+from headlong.server.cli_bench import bench_app
 from headlong.server.cli_eval import evaluate
 from headlong.server.cli_options import takes_settings
+from headlong.server.cli_plan import plan
 from headlong.server.cli_profile import profile_app
+from headlong.server.cli_ray import serve_ray
 from headlong.server.config import ServerConfig, config_path
 from headlong.server.config_file import read_config_file
 from headlong.server.config_sources import Sources
@@ -53,8 +56,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 app.add_typer(profile_app, name="profile")
 app.command("eval")(evaluate)
+app.command()(plan)
+app.command("serve-ray")(serve_ray)
 
 
 @app.command(epilog=EPILOG)

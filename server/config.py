@@ -37,6 +37,9 @@ _SECURITY = "Security"
 _LOGGING = "Logging"
 
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+")
+_URL = re.compile(
+    r"(?P<base>https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(?P<port>\d+))?)(?P<path>/[!-~]*)?"
+)
 
 
 def _split(value: object) -> object:
@@ -53,7 +56,7 @@ class ServerConfig(BaseSettings):
     """How the engine is offered over HTTP; the fields' `Flag` says what each one is.
 
     Raises:
-        ConfigError: Two settings contradict each other.
+        ConfigError: Two settings contradict each other, or a URL is none.
     """
 
     model_config = SettingsConfigDict(
@@ -164,6 +167,15 @@ class ServerConfig(BaseSettings):
         Flag("Log the beginning of every request's body, prompts included.", _LOGGING),
     ] = False
 
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Flag(
+            "URL of a collector that takes OTLP over HTTP, for a trace of every request; needs "
+            "headlong[tracing]. A URL without a path gets /v1/traces.",
+            _LOGGING,
+        ),
+    ] = None
+
     @field_validator("api_key")
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
@@ -190,6 +202,21 @@ class ServerConfig(BaseSettings):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError("an origin is http(s)://HOST or http(s)://HOST:PORT, without path")
         return origins
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _check_endpoint(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = _URL.fullmatch(url)
+        if parts is None or not _is_port(parts["port"]):
+            # Without the value: whoever writes a password into a URL wants it shown nowhere.
+            raise ConfigError(
+                "the URL is to be http(s)://HOST or http(s)://HOST:PORT, with or without a path; "
+                "keys go into the variable OTEL_EXPORTER_OTLP_HEADERS",
+                "otlp_traces_endpoint",
+            )
+        return url if (parts["path"] or "/") != "/" else f"{parts['base']}/v1/traces"
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -218,6 +245,10 @@ class ServerConfig(BaseSettings):
             raise ConfigError(
                 f"cannot read the chat template {self.chat_template}: {error}", "chat_template"
             ) from error
+
+
+def _is_port(text: str | None) -> bool:
+    return text is None or 0 < int(text[:6]) <= 65535
 
 
 def key_fault(key: str) -> str | None:

@@ -4,5 +4,5 @@ from rich.console import Console
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints lines as they are: no markup, no colours of its own, no wrapping."""
-    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=True)
+    """A console that prints lines as they are: no markup, no emoji, no colours, no wrapping."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)

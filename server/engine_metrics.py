@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from prometheus_client import ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -13,10 +14,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from headlong.server.engine.status import CanaryStats, EngineInfo, EngineStats
+from headlong.server.engine.status import CanarySkip, CanaryStats, EngineInfo, EngineStats
 
 if TYPE_CHECKING:
-    from headlong.server.async_engine import AsyncEngine
+    from headlong.server.async_engine import AsyncEngine, EngineState
+
+_STATES: tuple["EngineState", ...] = ("starting", "ready", "draining", "dead")
 
 PREFIX = "headlong:"
 MODEL_LABEL = "model_name"
@@ -33,19 +36,35 @@ class EngineCollector(Collector):
     def __init__(self, engine: "AsyncEngine", model_name: str) -> None:
         self._engine = engine
         self._model_name = model_name
+        pid = engine.info.pid
+        self._process = (
+            None if pid is None else ProcessCollector(f"{PREFIX}engine", lambda: pid, registry=None)
+        )
 
     def collect(self) -> Iterator[Metric]:
         """Makes the metrics of this moment."""
         info, stats = self._engine.info, self._engine.stats
+        yield self._state()
         yield from self._load(stats)
         yield from self._cache(info, stats)
         yield from self._tokens(stats)
         yield from self._canary(stats.canary)
         yield from self._infos(info)
+        yield from self._engine_process()
 
     def describe(self) -> list[Metric]:
         """Names nothing beforehand: no other collector has names like these."""
         return []
+
+    def _state(self) -> Metric:
+        family = GaugeMetricFamily(
+            f"{PREFIX}engine_state",
+            "1 for the state that the engine is in, else 0.",
+            labels=[MODEL_LABEL, "state"],
+        )
+        for state in _STATES:
+            family.add_metric([self._model_name, state], state == self._engine.state)
+        return family
 
     def _load(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("num_requests_running", "Completions that own blocks.", stats.num_running)
@@ -98,6 +117,11 @@ class EngineCollector(Collector):
         )
         yield usage
         yield blocks
+        yield self._gauge(
+            "kv_bytes_capacity",
+            "Bytes of all blocks.",
+            sum(group.num_blocks * group.block_bytes for group in info.groups),
+        )
         yield self._gauge("kv_bytes_owned", "Bytes of all owned blocks.", stats.kv_bytes_owned)
         yield self._gauge(
             "kv_bytes_saved",
@@ -148,8 +172,8 @@ class EngineCollector(Collector):
             "Requests chosen to be scored again, and not scored.",
             labels=[MODEL_LABEL, "reason"],
         )
-        for reason, count in canary.skipped.items():
-            skipped.add_metric([self._model_name, reason], count)
+        for reason in get_args(CanarySkip):
+            skipped.add_metric([self._model_name, reason], canary.skipped.get(reason, 0))
         yield skipped
 
     def _infos(self, info: EngineInfo) -> Iterator[Metric]:
@@ -164,6 +188,33 @@ class EngineCollector(Collector):
                 "dtype": info.dtype,
             },
         )
+        groups = InfoMetricFamily(
+            f"{PREFIX}head_group",
+            "KV heads that share a policy, and what they keep.",
+            labels=[MODEL_LABEL, "group"],
+        )
+        for group in info.groups:
+            keeps = {
+                "num_heads": str(group.num_heads),
+                "sink_size": str(group.sink_size),
+                "window_size": "all" if group.window_size is None else str(group.window_size),
+            }
+            groups.add_metric([self._model_name, group.name], keeps)
+        yield groups
+        ranks = InfoMetricFamily(
+            f"{PREFIX}rank",
+            "What each of the ranks that compute the model together has of it.",
+            labels=[MODEL_LABEL, "rank"],
+        )
+        for number, rank in enumerate(info.ranks):
+            has = {
+                "device": rank.device,
+                "num_heads": str(rank.num_heads),
+                "num_retrieval_heads": str(rank.num_retrieval_heads),
+                "kv_bytes": str(rank.kv_bytes),
+            }
+            ranks.add_metric([self._model_name, str(number)], has)
+        yield ranks
         yield InfoMetricFamily(
             f"{PREFIX}cache_config",
             "How the KV cache was laid out.",
@@ -176,6 +227,13 @@ class EngineCollector(Collector):
                 "full_token_bytes": str(info.full_token_bytes),
             },
         )
+
+    def _engine_process(self) -> Iterator[Metric]:
+        for family in () if self._process is None else self._process.collect():
+            family.samples = [
+                each._replace(labels={MODEL_LABEL: self._model_name}) for each in family.samples
+            ]
+            yield family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from headlong.server.engine.status import EngineStats
-from headlong.server.observer import FinishedAs, Observer
+from headlong.server.observer import EndedRequest, FinishedAs, Observer
 
 
 class JoinedObserver:
@@ -47,3 +47,8 @@ class JoinedObserver:
         """Passes it on."""
         for each in self._observers:
             each.on_finished(reason, num_prompt_tokens, num_completion_tokens, e2e_s, tpot_s)
+
+    def on_ended(self, record: EndedRequest) -> None:
+        """Passes it on."""
+        for each in self._observers:
+            each.on_ended(record)

@@ -13,18 +13,23 @@ from headlong.server.console import console
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The request that is being served, in the event loop's tasks."""
 
+TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
+"""The trace that it belongs to, where requests are traced."""
+
 # What ends a line somewhere, or steers a terminal.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NAME = __name__
 
 
 class AddRequestId(logging.Filter):
-    """Puts the id of the request that is being served into every record."""
+    """Puts the id of the request that is being served into every record, and that of its trace."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keeps every record."""
         if (request_id := REQUEST_ID.get()) is not None:
             record.request_id = request_id
+        if (trace_id := TRACE_ID.get()) is not None:
+            record.trace_id = trace_id
         return True
 
 
@@ -40,8 +45,10 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Formats the record's line."""
         line = escape_control(super().formatMessage(record))
-        request_id = getattr(record, "request_id", None)
-        return line if request_id is None else f"{line} id={request_id}"
+        for name, shown in (("request_id", "id"), ("trace_id", "trace")):
+            if (value := getattr(record, name, None)) is not None:
+                line += f" {shown}={value}"
+        return line
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Formats a traceback."""

@@ -3,16 +3,27 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
-from headlong.server.engine.outputs import RequestOutput
+from headlong.server.engine.outputs import PrefillChunk, RequestOutput
 from headlong.server.engine.request import EngineRequest
-from headlong.server.errors import HeadlongError
-from headlong.server.observer import FinishedAs, Observer
+from headlong.server.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    HeadlongError,
+)
+from headlong.server.observer import EndedCompletion, EndedRequest, FinishedAs, Observer
 from headlong.server.queue_gate import Ticket
 
 MAX_WAITING_OUTPUTS = 64
+
+_CUT: Mapping[type[HeadlongError], FinishedAs] = {
+    DeadlineExceededError: "deadline_exceeded",
+    DrainingError: "draining",
+    EngineDeadError: "engine_dead",
+}
 
 
 @dataclass(slots=True)
@@ -22,7 +33,22 @@ class _Completion:
     first_token: float = 0.0
     last_token: float = 0.0
     num_tokens: int = 0
-    finished: bool = False
+    reason: FinishedAs | None = None
+    ended: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.reason is not None
+
+    def record(self) -> EndedCompletion:
+        assert self.reason is not None
+        return EndedCompletion(
+            reason=self.reason,
+            num_tokens=self.num_tokens,
+            first_token=self.first_token if self.num_tokens else None,
+            last_token=self.last_token if self.num_tokens else None,
+            ended=self.ended,
+        )
 
 
 class RequestStream:
@@ -47,6 +73,10 @@ class RequestStream:
         self._error: HeadlongError | None = None
         self._news = asyncio.Event()
         self._started: float | None = None
+        self._prefill_chunks: list[PrefillChunk] = []
+        self._has_run = False
+        self._num_cached_tokens = 0
+        self._cache_misses: Mapping[str, int] = {}
         self._completions = [_Completion() for _ in range(request.n)]
 
     @property
@@ -88,8 +118,7 @@ class RequestStream:
         if self.is_pending:
             self._error = error
             self._news.set()
-            # Both errors that end all streams are among the reasons.
-            self._finish_all(cast("FinishedAs", error.code))
+            self._finish_all(_CUT.get(type(error), "abort"))
 
     def close(self) -> bool:
         """Note that nobody reads it any more.
@@ -101,6 +130,9 @@ class RequestStream:
         pending = self.is_pending
         if pending:
             self._finish_all("cancelled")
+        # The engine took it, unless it ended without any of its completions.
+        if all(each.finished for each in self._completions):
+            self._observer.on_ended(self._record())
         return pending
 
     def _observe(self, output: RequestOutput, now: float) -> None:
@@ -110,8 +142,14 @@ class RequestStream:
             self._started = min(now, arrived + (output.queued_s or 0.0))
             self._leave_queue()
             # One that was given up in the queue never started.
+            self._has_run = output.queued_s is not None
             if output.queued_s is not None:
                 self._observer.on_started(output.queued_s)
+        self._prefill_chunks += output.prefill_chunks
+        if output.index == 0:
+            # The others share what the first one computed.
+            self._num_cached_tokens = output.num_cached_tokens
+            self._cache_misses = output.cache_misses
         completion = self._completions[output.index]
         if output.token_ids:
             if completion.num_tokens == 0:
@@ -139,7 +177,7 @@ class RequestStream:
     def _finish(
         self, completion: _Completion, reason: FinishedAs, num_prompt_tokens: int, now: float
     ) -> None:
-        completion.finished = True
+        completion.reason, completion.ended = reason, now
         count = completion.num_tokens
         between = completion.last_token - completion.first_token
         self._observer.on_finished(
@@ -148,6 +186,16 @@ class RequestStream:
             count,
             now - self._request.arrived,
             between / (count - 1) if count > 1 else None,
+        )
+
+    def _record(self) -> EndedRequest:
+        return EndedRequest(
+            request=self._request,
+            started=self._started if self._has_run else None,
+            prefill_chunks=tuple(self._prefill_chunks),
+            num_cached_tokens=self._num_cached_tokens,
+            cache_misses=self._cache_misses,
+            completions=tuple(each.record() for each in self._completions),
         )
 
     def _leave_queue(self) -> None:
@@ -167,5 +215,6 @@ def merged(older: RequestOutput, newer: RequestOutput) -> RequestOutput:
         token_ids=older.token_ids + newer.token_ids,
         logprobs=older.logprobs if logprobs is None else logprobs,
         queued_s=older.queued_s if newer.queued_s is None else newer.queued_s,
+        prefill_chunks=older.prefill_chunks + newer.prefill_chunks,
         prompt_logprobs=newer.prompt_logprobs or older.prompt_logprobs,
     )

@@ -150,6 +150,7 @@ class Serving:
             HeadlongError: The request is not admitted, its prompts do not fit, or it failed.
             ClientDisconnect: The client left.
         """
+        request.state.model = body.model
         tenant = getattr(request.state, "tenant", "")
         arrived = time.monotonic()
         with ExitStack() as held:

@@ -3,26 +3,38 @@
 import ipaddress
 import logging
 import stat
+from collections.abc import Iterable
 from pathlib import Path
+
+from pydantic_settings import BaseSettings
 
 from headlong.server.api_keys import read_api_keys
 from headlong.server.config import ServerConfig, unknown_variables
 from headlong.server.engine_settings import EngineSettings
 from headlong.server.tls import check_tls
+from headlong.server.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 
 
-def check_start(config: ServerConfig) -> None:
+def check_start(
+    config: ServerConfig,
+    settings: Iterable[type[BaseSettings]] = (ServerConfig, EngineSettings),
+) -> None:
     """Reads what the server will need, and warns of what is probably not meant.
+
+    Args:
+        config: How the engine is offered.
+        settings: All that the command reads from the environment.
 
     Raises:
         ConfigError: A file cannot be used.
     """
     keys = read_api_keys(config)
     check_tls(config)
+    check_tracing(config)
     config.read_chat_template()
-    for name in unknown_variables((ServerConfig, EngineSettings)):
+    for name in unknown_variables(settings):
         logger.warning("the variable %s is no setting, and has no effect", name)
     if not keys and not _is_loopback(config.host):
         logger.warning(

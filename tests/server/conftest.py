@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from headlong.server.config import ServerConfig
 from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
-from headlong.server.engine.status import EngineInfo, EngineStats, GroupInfo
+from headlong.server.engine.status import EngineInfo, EngineStats, GroupInfo, RankInfo
 from headlong.server.errors import DrainingError, EngineDeadError
 from headlong.server.listen import bind
 from headlong.server.observer import NoObserver, Observer
@@ -66,6 +67,8 @@ INFO = EngineInfo(
     device="cpu",
     dtype="float32",
     lines=("layer 0 [bold]RS",),
+    ranks=(RankInfo(device="cpu", num_heads=4, num_retrieval_heads=1, kv_bytes=4096),),
+    pid=os.getpid(),
 )
 
 

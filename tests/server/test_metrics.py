@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,10 @@ from starlette.testclient import TestClient
 
 from headlong.server.app import create_app
 from headlong.server.config import ServerConfig
+from headlong.server.engine.request import EngineRequest
+from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.status import CanaryStats, EngineStats
+from headlong.server.observer import EndedCompletion, EndedRequest
 
 STATS = EngineStats(
     steps_total=11,
@@ -28,10 +32,21 @@ STATS = EngineStats(
     step_s_total=1.5,
     model_s_total=1.25,
     canary=CanaryStats(
-        requests=5, tokens=50, kl_sum=0.5, top1_agreed=49, skipped={"busy": 2, "too_long": 1}
+        requests=5, tokens=50, kl_sum=0.5, top1_agreed=49, skipped={"busy": 2, "no_room": 1}
     ),
 )
+SECRETS = (
+    "the-tenant", "the-key", "the-id", "the-prompt", "the-user", "the-query", "the-model",
+    "the-path", "Hello",
+)  # fmt: skip
 TYPES = {
+    "engine_state": "gauge",
+    "engine_process_virtual_memory_bytes": "gauge",
+    "engine_process_resident_memory_bytes": "gauge",
+    "engine_process_start_time_seconds": "gauge",
+    "engine_process_cpu_seconds": "counter",
+    "engine_process_open_fds": "gauge",
+    "engine_process_max_fds": "gauge",
     "num_requests_running": "gauge",
     "num_requests_waiting": "gauge",
     "num_preemptions": "counter",
@@ -41,6 +56,7 @@ TYPES = {
     "kv_cache_usage_perc": "gauge",
     "kv_cache_group_usage_perc": "gauge",
     "kv_cache_blocks": "gauge",
+    "kv_bytes_capacity": "gauge",
     "kv_bytes_owned": "gauge",
     "kv_bytes_saved": "gauge",
     "prompt_tokens": "counter",
@@ -54,12 +70,20 @@ TYPES = {
     "canary_skipped": "counter",
     "build": "info",
     "cache_config": "info",
+    "head_group": "info",
+    "rank": "info",
     "time_to_first_token_seconds": "histogram",
     "inter_token_latency_seconds": "histogram",
     "request_time_per_output_token_seconds": "histogram",
     "e2e_request_latency_seconds": "histogram",
     "request_queue_time_seconds": "histogram",
     "request_prefill_time_seconds": "histogram",
+    "request_decode_time_seconds": "histogram",
+    "request_inference_time_seconds": "histogram",
+    "request_params_n": "histogram",
+    "request_prefill_kv_computed_tokens": "histogram",
+    "request_params_max_tokens": "histogram",
+    "request_max_num_generation_tokens": "histogram",
     "request_prompt_tokens": "histogram",
     "request_generation_tokens": "histogram",
     "iteration_tokens_total": "histogram",
@@ -177,7 +201,8 @@ def test_the_canary(scrape, engine):
     agreed = found["canary_top1_agreement_sum",], found["canary_top1_agreement_count",]
     assert agreed == (49, 50)
     assert found["canary_skipped_total", "busy"] == 2
-    assert found["canary_skipped_total", "too_long"] == 1
+    assert found["canary_skipped_total", "no_room"] == 1
+    assert found["canary_skipped_total", "full_already"] == 0
 
 
 def test_what_requests_go_through(scrape, engine):
@@ -218,12 +243,109 @@ def test_what_requests_go_through(scrape, engine):
         "abort": 0,
         "deadline_exceeded": 0,
         "cancelled": 1,
+        "draining": 0,
         "engine_dead": 0,
     }
 
 
+def test_what_is_known_when_a_request_has_ended(scrape, engine):
+    def completion(num_tokens, first, last):
+        return EndedCompletion(
+            reason="stop", num_tokens=num_tokens, first_token=first, last_token=last, ended=20.0
+        )
+
+    def end(started, *completions):
+        params = SamplingParams(max_tokens=30)
+        request = EngineRequest("r", [1] * 5, params, n=len(completions), arrived=1.0)
+        engine.observer.on_ended(
+            EndedRequest(
+                request=request,
+                started=started,
+                prefill_chunks=(),
+                num_cached_tokens=2,
+                cache_misses={},
+                completions=completions,
+            )
+        )
+
+    end(2.0, completion(3, 4.0, 7.0), completion(9, 5.0, 10.0))
+    end(None, completion(0, None, None))
+    found = scrape()
+    assert found["request_params_n_sum",] == 3
+    assert found["request_prefill_kv_computed_tokens_sum",] == 3
+    assert found["request_prefill_kv_computed_tokens_count",] == 1
+    assert found["request_params_max_tokens_sum",] == 60
+    assert found["request_max_num_generation_tokens_sum",] == 9
+    assert found["request_max_num_generation_tokens_count",] == 2
+    assert found["request_decode_time_seconds_sum",] == 6.0
+    assert found["request_inference_time_seconds_sum",] == 8.0
+    assert found["request_decode_time_seconds_count",] == 1
+
+
+def test_the_engines_state(scrape, engine):
+    def states():
+        return {key[1]: each for key, each in scrape().items() if key[0] == "engine_state"}
+
+    nothing = dict.fromkeys(("starting", "ready", "draining", "dead"), 0)
+    assert states() == {**nothing, "ready": 1}
+    engine.is_draining = True
+    assert states() == {**nothing, "draining": 1}
+    engine.is_draining, engine.is_alive = False, False
+    assert states() == {**nothing, "dead": 1}
+    engine.is_alive = True
+
+
+def test_an_engine_elsewhere_has_no_process_here(engine, scrape):
+    assert scrape()["engine_process_resident_memory_bytes",] > 0
+    engine.info = replace(engine.info, pid=None)
+    with TestClient(create_app(engine, ServerConfig(served_model_name=("m",)))) as client:
+        assert "engine_process" not in client.get("/metrics").text
+
+
+def test_a_process_that_is_gone_does_not_break_a_scrape(engine):
+    engine.info = replace(engine.info, pid=2**22 + 1)
+    with TestClient(create_app(engine, ServerConfig(served_model_name=("m",)))) as client:
+        text = client.get("/metrics").text
+    assert "engine_process" not in text
+    assert "num_requests_running" in text
+
+
+def test_head_groups(client):
+    lines = [
+        each for each in client.get("/metrics").text.splitlines() if "head_group_info{" in each
+    ]
+    assert [
+        re.findall(r'(group|num_heads|sink_size|window_size)="(\w+)"', each) for each in lines
+    ] == [
+        [("group", "retrieval"), ("num_heads", "1"), ("sink_size", "0"), ("window_size", "all")],
+        [("group", "streaming"), ("num_heads", "1"), ("sink_size", "4"), ("window_size", "16")],
+    ]
+    assert 'kv_bytes_capacity{model_name="fake/model"} 76800.0' in client.get("/metrics").text
+
+
+def test_neither_texts_nor_keys_nor_tenants_are_counted(engine, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("the-tenant:the-key\n")
+    config = ServerConfig(served_model_name=("m",), api_key_file=file)
+    with TestClient(create_app(engine, config)) as client:
+        for key in ("the-key", "a-guess"):
+            headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "the-id"}
+            for path, fields in (
+                ("/v1/completions", {"prompt": "the-prompt", "user": "the-user"}),
+                ("/v1/completions?the-query", {"prompt": "the-prompt", "model": "the-model"}),
+                ("/v1/the-path", {}),
+            ):
+                client.post(path, json={"model": "m", **fields}, headers=headers)
+        text = client.get("/metrics", headers={"X-API-Key": "the-key"}).text
+    assert 'reason="model_not_found"} 1.0' in text
+    found = [secret for secret in (*SECRETS, "a-guess") if secret in text]
+    assert found == []
+
+
 def _rejections(found):
-    return {key[1]: each for key, each in found.items() if key[0] == "request_rejections_total"}
+    counts = {key[1]: each for key, each in found.items() if key[0] == "request_rejections_total"}
+    assert len(counts) == 11, "those that did not occur are there, too"
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def test_rejections_are_counted_by_reason(scrape, client, post, engine):

@@ -164,6 +164,27 @@ def test_prompts_and_completions_stay_out_of_the_log(serve, log_format, stream):
         assert text not in logged
 
 
+def test_bodies_are_not_logged_unless_that_is_asked_for():
+    assert ServerConfig().log_requests is False
+
+
+@pytest.mark.parametrize("log_requests", [False, True])
+def test_keys_stay_out_of_the_log(serve, log_requests):
+    client, read = serve(log_level="debug", api_key=("hush-hush",), log_requests=log_requests)
+    for headers in (
+        {"Authorization": "Bearer hush-hush"},
+        {"X-API-Key": "hush-hush"},
+        {"Authorization": "Bearer hush-hush-wrong"},
+        {"Authorization": "Basic aHVzaC1odXNoOmh1c2gtaHVzaA=="},
+    ):
+        client.post("/v1/completions", json=BODY, headers=headers)
+        client.get("/metrics", headers=headers)
+    logged = str(read())
+    assert "/v1/completions" in logged
+    assert "hush" not in logged
+    assert "aHVzaC1" not in logged
+
+
 def test_bodies_are_logged_when_that_is_asked_for(serve, engine):
     client, read = serve(log_requests=True)
     client.post("/v1/completions", json=BODY, headers={"X-Request-Id": "r-1"})

@@ -4,10 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from headlong.server.engine.outputs import PositionLogprobs, RequestOutput, TokenLogprob
+from headlong.server.engine.outputs import (
+    PositionLogprobs,
+    PrefillChunk,
+    RequestOutput,
+    TokenLogprob,
+)
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
-from headlong.server.errors import ContextLengthError, EngineDeadError
+from headlong.server.errors import (
+    ContextLengthError,
+    DrainingError,
+    EngineDeadError,
+    HeadlongError,
+    RequestAbortedError,
+)
 from headlong.server.queue_gate import QueueGate
 from headlong.server.request_stream import MAX_WAITING_OUTPUTS, RequestStream
 from support.observer import Recorder
@@ -110,6 +121,43 @@ def test_an_error_comes_after_what_waits():
     assert observer.finished == [("length", 3, 2), ("engine_dead", 3, 0)]
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (EngineDeadError("gone"), "engine_dead"),
+        (DrainingError("closing"), "draining"),
+        (RequestAbortedError("no memory"), "abort"),
+        (HeadlongError("who knows"), "abort"),
+    ],
+)
+def test_whatever_cuts_a_stream_has_a_name_that_metrics_know(error, reason):
+    async def scenario():
+        stream, observer = make()
+        stream.deliver(replace(BLANK, queued_s=0.1))
+        stream.fail(error)
+        assert not stream.close()
+        return observer
+
+    observer = asyncio.run(scenario())
+    assert observer.finished == [(reason, 3, 0)]
+    assert [each.reason for each in observer.records[0].completions] == [reason]
+
+
+def test_what_the_prefix_cache_had_is_told_of_the_completion_that_was_computed():
+    async def scenario():
+        stream, observer = make(n=2)
+        stream.deliver(replace(BLANK, queued_s=0.1, num_cached_tokens=1))
+        first = replace(token(1, 0, last=True), num_cached_tokens=1, cache_misses={"never_seen": 2})
+        stream.deliver(first)
+        stream.deliver(replace(token(1, 1, last=True), num_cached_tokens=3))
+        stream.close()
+        return observer.records[0]
+
+    record = asyncio.run(scenario())
+    assert record.num_cached_tokens == 1
+    assert record.cache_misses == {"never_seen": 2}
+
+
 def test_a_finished_stream_does_not_fail():
     async def scenario():
         stream, _ = make()
@@ -184,3 +232,54 @@ def test_a_prefill_begins_when_the_request_leaves_the_queue():
     ((ttft_s, prefill_s),) = times
     assert ttft_s >= 2.0
     assert ttft_s - prefill_s == pytest.approx(0.5)
+
+
+def test_the_record_of_a_request_that_ended():
+    chunks = (PrefillChunk(1.0, 2), PrefillChunk(2.0, 1))
+
+    async def scenario():
+        stream, observer = make(n=2)
+        stream.deliver(replace(BLANK, queued_s=0.0, num_cached_tokens=1))
+        stream.deliver(replace(token(1), prefill_chunks=chunks, num_cached_tokens=1))
+        stream.deliver(replace(token(1, index=1), num_cached_tokens=2))
+        stream.deliver(
+            replace(token(2, last=True), num_cached_tokens=1, cache_misses={"never_seen": 2})
+        )
+        assert observer.records == []
+        stream.close()
+        return observer
+
+    (record,) = asyncio.run(scenario()).records
+    assert record.request.n == 2
+    assert record.started >= record.request.arrived
+    assert record.prefill_chunks == chunks
+    assert (record.num_cached_tokens, record.cache_misses) == (1, {"never_seen": 2})
+    first, second = record.completions
+    assert (first.reason, first.num_tokens) == ("length", 2)
+    assert (second.reason, second.num_tokens) == ("cancelled", 1)
+    assert record.first_token == first.first_token <= second.first_token
+    assert record.last_token == first.last_token > first.first_token
+    assert record.ended == second.ended >= first.ended
+
+
+@pytest.mark.parametrize("end", ["refused", "in the queue", "dead"])
+def test_records_of_requests_without_tokens(end):
+    async def scenario():
+        stream, observer = make()
+        if end == "refused":
+            stream.refuse(ContextLengthError("long"))
+        elif end == "dead":
+            stream.deliver(replace(BLANK, queued_s=0.1))
+            stream.fail(EngineDeadError("gone"))
+        stream.close()
+        return observer
+
+    records = asyncio.run(scenario()).records
+    if end == "refused":
+        assert records == []
+        return
+    (record,) = records
+    assert record.first_token is record.last_token is None
+    assert (record.started is None) == (end == "in the queue")
+    reason = "engine_dead" if end == "dead" else "cancelled"
+    assert record.completions[0].reason == reason

@@ -1,7 +1,10 @@
 import pytest
 
+from headlong.server.engine.request import EngineRequest
+from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.status import CanaryStats, EngineStats
 from headlong.server.joined_observer import JoinedObserver
+from headlong.server.observer import EndedCompletion, EndedRequest
 from headlong.server.recent import (
     LATENCY_WINDOW_S,
     MAX_ITLS,
@@ -210,8 +213,26 @@ def test_joined_observers_are_all_told_everything():
     joined.on_first_token(0.6, 0.1)
     joined.on_token(0.1)
     joined.on_finished("stop", 7, 2, 1.0, 0.1)
+    request = EngineRequest("r", [1], SamplingParams())
+    end = EndedCompletion(
+        reason="stop",
+        num_tokens=0,
+        first_token=None,
+        last_token=None,
+        ended=request.arrived,
+    )
+    record = EndedRequest(
+        request=request,
+        started=None,
+        prefill_chunks=(),
+        num_cached_tokens=0,
+        cache_misses={},
+        completions=(end,),
+    )
+    joined.on_ended(record)
     for recorder in recorders:
         assert recorder.steps == [4]
         assert recorder.started == [0.5]
         assert recorder.finished == [("stop", 7, 2)]
         assert recorder.names == ["started", "first_token", "token", "finished"]
+        assert recorder.records == [record]

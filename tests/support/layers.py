@@ -33,7 +33,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     "server.cli_bench": frozenset({"server", "server.errors", "loadtest"}),
     "server.cli_eval": frozenset({"server", "server.errors", "server.engine", "profiling"}),
-    "server.cli_plan": frozenset({"server", "server.errors", "server.engine"}),
+    "server.cli_plan": frozenset({"server", "server.errors", "server.engine", "profiling"}),
     "server.cli_profile": frozenset({"server", "server.errors", "server.engine", "profiling"}),
     "server.cli_ray": frozenset({"server", "server.errors", "server.engine", "demo"}),
 }

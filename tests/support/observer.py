@@ -1,7 +1,7 @@
 """An observer that remembers."""
 
 from headlong.server.engine.status import EngineStats
-from headlong.server.observer import FinishedAs
+from headlong.server.observer import EndedRequest, FinishedAs
 
 
 class Recorder:
@@ -12,6 +12,7 @@ class Recorder:
         steps: Of each report, `steps_total`.
         started: Queue times.
         finished: Reason, prompt tokens and completion tokens of each completion.
+        records: Of each request that ended.
     """
 
     def __init__(self) -> None:
@@ -19,6 +20,7 @@ class Recorder:
         self.steps: list[int] = []
         self.started: list[float] = []
         self.finished: list[tuple[FinishedAs, int, int]] = []
+        self.records: list[EndedRequest] = []
 
     def on_step(self, stats: EngineStats) -> None:
         self.steps.append(stats.steps_total)
@@ -47,3 +49,7 @@ class Recorder:
         assert (tpot_s is None) == (num_completion_tokens < 2)
         self.names.append("finished")
         self.finished.append((reason, num_prompt_tokens, num_completion_tokens))
+
+    def on_ended(self, record: EndedRequest) -> None:
+        assert record.ended >= record.request.arrived
+        self.records.append(record)
