@@ -48,6 +48,10 @@ kernels: $(DEV_STAMP) ## Compile every GPU kernel for sm_80 and sm_90; needs no 
 conformance: $(DEV_STAMP) $(CLIENTS_STAMP) ## Run lm_eval, guidellm and schemathesis against a real server.
 	PYTHONPATH=benchmarks $(BIN)/python tests/conformance/run.py --clients $(CLIENTS)/bin
 
+.PHONY: image
+image: $(DEV_STAMP) ## Check docker/ and build, start and ask the CPU image (Debian, root, buildah).
+	docker/check.sh
+
 .PHONY: gpu
 gpu: $(RUNTIME_STAMP) ## Check and time everything on this machine's CUDA device (GPU_ARGS=--help).
 	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
