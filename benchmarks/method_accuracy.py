@@ -26,7 +26,7 @@ from headlong.profiling.evaluation_results import EvaluationReport, ScoredMethod
 from headlong.profiling.evaluation_summary import SummaryRow, summarize, unsolved
 from headlong.profiling.profile_model import SCORERS
 from headlong.profiling.progress import progress_bar
-from headlong.server.cli_eval import draw, method_settings, say_cell
+from headlong.server.commands.evaluate import draw, method_settings, say_cell
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.evaluation_run import Evaluation, EvaluationRequest
 

@@ -9,36 +9,36 @@ from fastapi import FastAPI
 from prometheus_client.registry import Collector
 from starlette.middleware.cors import CORSMiddleware
 
+from headlong.server.api.openapi import DocumentedAPI
+from headlong.server.api.prompts import PromptEncoder
+from headlong.server.api.routes_chat import chat_router
+from headlong.server.api.routes_completions import completions_router
+from headlong.server.api.routes_health import health_router
+from headlong.server.api.routes_metrics import metrics_router
+from headlong.server.api.routes_models import models_router
+from headlong.server.api.routes_page import page_router
+from headlong.server.api.routes_responses import responses_router
+from headlong.server.api.routes_status import status_router
+from headlong.server.api.routes_tokenize import tokenize_router
+from headlong.server.api.sampling import ModelLimits
+from headlong.server.api.serving import Serving
+from headlong.server.api.tool_styles import choose_tool_style
 from headlong.server.api_keys import ApiKeys, read_api_keys
 from headlong.server.auth import AuthMiddleware
 from headlong.server.body_limit import BodyLimitMiddleware, default_max_body_bytes
 from headlong.server.config import ServerConfig
 from headlong.server.http_errors import install_error_handlers
-from headlong.server.joined_observer import JoinedObserver
-from headlong.server.metrics import Metrics
-from headlong.server.openapi import DocumentedAPI
-from headlong.server.prompts import PromptEncoder
 from headlong.server.receive_timeout import ReceiveTimeoutMiddleware
-from headlong.server.recent import RecentFigures
-from headlong.server.request_log import REQUEST_ID_HEADER, RequestLogMiddleware
-from headlong.server.routes_chat import chat_router
-from headlong.server.routes_completions import completions_router
-from headlong.server.routes_health import health_router
-from headlong.server.routes_metrics import metrics_router
-from headlong.server.routes_models import models_router
-from headlong.server.routes_page import page_router
-from headlong.server.routes_responses import responses_router
-from headlong.server.routes_status import status_router
-from headlong.server.routes_tokenize import tokenize_router
-from headlong.server.sampling import ModelLimits
 from headlong.server.send_timeout import SendTimeoutMiddleware
-from headlong.server.serving import Serving
-from headlong.server.tool_styles import choose_tool_style
-from headlong.server.tracing import start_tracing
+from headlong.server.telemetry.joined_observer import JoinedObserver
+from headlong.server.telemetry.metrics import Metrics
+from headlong.server.telemetry.recent import RecentFigures
+from headlong.server.telemetry.request_log import REQUEST_ID_HEADER, RequestLogMiddleware
+from headlong.server.telemetry.tracing import start_tracing
 
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine
-    from headlong.server.request_traces import RequestTraces
+    from headlong.server.telemetry.request_traces import RequestTraces
 
 
 def create_app(

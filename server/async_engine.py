@@ -31,9 +31,9 @@ from headlong.server.errors import (
     EngineDeadError,
     InvalidRequestError,
 )
-from headlong.server.observer import NoObserver, Observer
 from headlong.server.queue_gate import QueueGate, Ticket
 from headlong.server.request_stream import RequestStream
+from headlong.server.telemetry.observer import NoObserver, Observer
 
 if TYPE_CHECKING:
     from headlong.server.engine.engine import Engine

@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 
-from headlong.server.cli_bench import bench_app
-from headlong.server.cli_eval import evaluate
-from headlong.server.cli_options import takes_settings
-from headlong.server.cli_plan import plan
-from headlong.server.cli_profile import profile_app
-from headlong.server.cli_ray import serve_ray
+from headlong.server.commands.bench import bench_app
+from headlong.server.commands.evaluate import evaluate
+from headlong.server.commands.options import takes_settings
+from headlong.server.commands.plan import plan
+from headlong.server.commands.profile import profile_app
+from headlong.server.commands.serve_ray import serve_ray
 from headlong.server.config import ServerConfig, config_path
 from headlong.server.config_file import read_config_file
 from headlong.server.config_sources import Sources
@@ -102,8 +102,8 @@ def serve(
 
 
 def _serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
-    from headlong.server.logs import configure_logs
     from headlong.server.start_checks import check_start
+    from headlong.server.telemetry.logs import configure_logs
 
     say = configure_logs(server_config)
     check_start(server_config)
@@ -147,8 +147,8 @@ def generate(
         engine_config = sources.read(EngineSettings).to_engine_config(default_model=model)
 
         from headlong.server.async_engine import AsyncEngine
+        from headlong.server.commands.one_off import generate_text
         from headlong.server.engine.engine import Engine
-        from headlong.server.one_off import generate_text
 
         engine = AsyncEngine(Engine(engine_config))
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
 from headlong.server.errors import AuthenticationError, HeadlongError, RequestTimeoutError
-from headlong.server.schemas_common import ErrorBody, ErrorResponse
 
 CLIENT_CLOSED_REQUEST = 499
 CHALLENGES = ('Bearer realm="headlong"', 'Basic realm="headlong", charset="UTF-8"')
@@ -31,6 +31,25 @@ GENERATION_ERRORS = (*BODY_ERRORS, 429, 503, 504)
 """Statuses of the endpoints that generate text."""
 
 ResponseDocs = dict[int | str, dict[str, Any]]
+
+
+class ErrorBody(BaseModel):
+    """One error, as OpenAI's clients read it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is not a success, and of an error inside a stream."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error: ErrorBody
 
 
 def error_docs(*statuses: int) -> ResponseDocs:

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from headlong.server.config import ServerConfig
 from headlong.server.draining_server import DrainingServer
 from headlong.server.errors import ConfigError
-from headlong.server.logs import log_config
 from headlong.server.receive_timeout import timed_protocol
+from headlong.server.telemetry.logs import log_config
 from headlong.server.tls import tls_options
 
 if TYPE_CHECKING:

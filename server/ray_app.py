@@ -26,14 +26,14 @@ from headlong.server.engine.messages import Ready
 from headlong.server.engine.tokenizer import load_tokenizer
 from headlong.server.engine_settings import EngineSettings
 from headlong.server.errors import ConfigError, EngineDeadError
-from headlong.server.logs import configure_logs
-from headlong.server.ray_link import RayLink
-from headlong.server.ray_messages import decode_told
-from headlong.server.ray_metrics import ReplicaCollector
-from headlong.server.ray_replica import EngineReplica
-from headlong.server.ray_router import EngineRouter, RouterSettings
-from headlong.server.ray_settings import PROXY_SETTINGS, RaySettings
-from headlong.server.request_log import REQUEST_ID_HEADER
+from headlong.server.fleet.link import RayLink
+from headlong.server.fleet.messages import decode_told
+from headlong.server.fleet.metrics import ReplicaCollector
+from headlong.server.fleet.replica import EngineReplica
+from headlong.server.fleet.router import EngineRouter, RouterSettings
+from headlong.server.fleet.settings import PROXY_SETTINGS, RaySettings
+from headlong.server.telemetry.logs import configure_logs
+from headlong.server.telemetry.request_log import REQUEST_ID_HEADER
 
 ENGINE_DEPLOYMENT = "engine"
 INGRESS_DEPLOYMENT = "ingress"

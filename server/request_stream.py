@@ -14,8 +14,8 @@ from headlong.server.errors import (
     EngineDeadError,
     HeadlongError,
 )
-from headlong.server.observer import EndedCompletion, EndedRequest, FinishedAs, Observer
 from headlong.server.queue_gate import Ticket
+from headlong.server.telemetry.observer import EndedCompletion, EndedRequest, FinishedAs, Observer
 
 MAX_WAITING_OUTPUTS = 64
 

@@ -11,8 +11,8 @@ from pydantic_settings import BaseSettings
 from headlong.server.api_keys import read_api_keys
 from headlong.server.config import ServerConfig, unknown_variables
 from headlong.server.engine_settings import EngineSettings
+from headlong.server.telemetry.tracing import check_tracing
 from headlong.server.tls import check_tls
-from headlong.server.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 

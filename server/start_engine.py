@@ -4,7 +4,7 @@ from headlong.server.async_engine import AsyncEngine
 from headlong.server.config import ServerConfig
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine_process import EngineProcess
-from headlong.server.logs import log_config
+from headlong.server.telemetry.logs import log_config
 
 
 def start_engine(

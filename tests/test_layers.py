@@ -45,6 +45,9 @@ def _plant(root: Path, file: str, text: str) -> None:
         ("server/a.py", "from ..kernels import layout"),
         ("server/a.py", "from headlong.profiling.files import read"),
         ("server/a.py", "import headlong.server.cli"),
+        ("server/a.py", "from headlong.server.app import create_app"),
+        ("server/api/a.py", "from headlong.server.app import create_app"),
+        ("server/api/a.py", "from headlong.cache.policy import HeadPolicy"),
         ("server/cli.py", "from headlong.kernels.layout import PageLayout"),
         ("server/cli.py", "from headlong.cache.policy import HeadPolicy"),
         # Where and how the import stands makes no difference.
@@ -78,8 +81,12 @@ def test_a_forbidden_import_is_found(tmp_path: Path, file: str, text: str) -> No
             "from headlong.server.errors import X\nimport headlong.cache",
         ),
         ("server/engine/a.py", "from headlong.server import errors\nfrom ..errors import Y"),
-        ("server/a.py", "from headlong.server.engine.engine import Engine\nfrom .app import f"),
-        ("server/cli.py", "from headlong.demo.paths import A\nimport headlong.profiling.files"),
+        ("server/a.py", "from headlong.server.engine.engine import Engine\nfrom .errors import f"),
+        ("server/cli.py", "from headlong.server.commands import bench\nfrom .app import f"),
+        (
+            "server/commands/a.py",
+            "from headlong.demo.paths import A\nimport headlong.profiling.files",
+        ),
     ],
 )
 def test_an_allowed_import_is_not_found(tmp_path: Path, file: str, text: str) -> None:

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from headlong.server.routes_health import health_router
+from headlong.server.api.routes_health import health_router
 from support.deployment import DOCKER, ROOT, read_settings, run, unknown_settings
 from support.layers import ROOMS
 

@@ -6,9 +6,9 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
+from headlong.server.api.routes_health import health_router
 from headlong.server.engine.device import choose_device
-from headlong.server.engine_metrics import PREFIX
-from headlong.server.routes_health import health_router
+from headlong.server.telemetry.engine_metrics import PREFIX
 from support.deployment import DOCKER, read_settings, read_yaml, run, script, unknown_settings
 from support.promql import metric_names
 
@@ -170,6 +170,6 @@ def test_names_agree(base: dict[str, Any]) -> None:
 
 def test_replicas_follow_the_queue(base: dict[str, Any]) -> None:
     (trigger,) = base["ScaledObject"]["spec"]["triggers"]
-    # tests/server/test_alerts.py holds that a server has this series.
+    # tests/server/telemetry/test_alerts.py holds that a server has this series.
     assert metric_names(trigger["metadata"]["query"]) == {f"{PREFIX}num_requests_waiting"}
     assert "replicas" not in base["Deployment"]["spec"]

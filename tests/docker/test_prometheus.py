@@ -3,7 +3,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from headlong.server.routes_metrics import metrics_router
+from headlong.server.api.routes_metrics import metrics_router
 from support.deployment import DOCKER, read_yaml, run
 from support.promql import metric_names
 

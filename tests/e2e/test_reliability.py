@@ -17,8 +17,8 @@ from headlong.server.engine.faults import Faults
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine_process import EngineProcess
 from headlong.server.errors import ConfigError, RequestAbortedError
-from headlong.server.logs import log_config
 from headlong.server.start_engine import start_engine
+from headlong.server.telemetry.logs import log_config
 from support.engines import greedy
 from support.servers import (
     ENGINE,

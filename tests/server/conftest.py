@@ -24,7 +24,7 @@ from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.status import EngineInfo, EngineStats, GroupInfo, RankInfo
 from headlong.server.errors import DrainingError, EngineDeadError
 from headlong.server.listen import bind
-from headlong.server.observer import NoObserver, Observer
+from headlong.server.telemetry.observer import NoObserver, Observer
 
 MODEL = "fake/model"
 TEMPLATE = (

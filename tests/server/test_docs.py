@@ -2,7 +2,7 @@
 
 import yaml
 
-from headlong.server.cli_options import default_of
+from headlong.server.commands.options import default_of
 from headlong.server.config import ServerConfig
 from headlong.server.config_file import read_config_file
 from headlong.server.config_sources import Sources
@@ -30,6 +30,7 @@ def listed():
 def test_every_flag_is_listed_with_its_default():
     flags = {name: default for name, (default, _) in listed().items()}
     assert set(flags) == set(SETTINGS)
+    assert len(rows(section(TEXT, "Flags"))) == len(flags), "a flag is listed twice"
     for name, settings in SETTINGS.items():
         default = default_of(settings, name)
         if isinstance(default, bool):

@@ -3,9 +3,9 @@ import asyncio
 import pytest
 from starlette.requests import ClientDisconnect
 
-from headlong.server.schemas_common import ResponseModel
+from headlong.server.api.schemas_common import ResponseModel
+from headlong.server.api.streaming import EventStreamResponse
 from headlong.server.send_timeout import SendTimeoutMiddleware
-from headlong.server.streaming import EventStreamResponse
 
 
 class Chunk(ResponseModel):

@@ -15,7 +15,7 @@ from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.faults import Faults
 from headlong.server.engine_process import EngineProcess
 from headlong.server.listen import bind, listen
-from headlong.server.logs import log_config
+from headlong.server.telemetry.logs import log_config
 
 
 def main() -> int:

@@ -7,6 +7,9 @@ from pathlib import Path
 PACKAGE = "headlong"
 
 # Layer of a module: the longest of these names that its own begins with.
+_ENGINE = frozenset({"server.errors", "server.engine"})
+_CORE = frozenset({"server", "server.telemetry", *_ENGINE})
+
 ALLOWED: dict[str, frozenset[str]] = {
     "kernels": frozenset({"kernels"}),
     "cache": frozenset({"cache", "kernels"}),
@@ -14,28 +17,28 @@ ALLOWED: dict[str, frozenset[str]] = {
     "loadtest": frozenset({"loadtest", "profiling"}),
     "demo": frozenset({"demo", "profiling"}),
     "server.errors": frozenset({"server.errors"}),
-    "server.engine": frozenset({"server.engine", "server.errors", "kernels", "cache", "profiling"}),
-    "server": frozenset({"server", "server.errors", "server.engine"}),
-    "server.cli": frozenset(
+    "server.engine": frozenset({"kernels", "cache", "profiling", *_ENGINE}),
+    "server.telemetry": _CORE,
+    "server": _CORE,
+    "server.api": frozenset({"server.api", *_CORE}),
+    "server.fleet": frozenset({"server.fleet", *_CORE}),
+    # What puts rooms together.
+    "server.app": frozenset({"server.app", "server.api", *_CORE}),
+    "server.ray_app": frozenset({"server.ray_app", "server.app", "server.fleet", *_CORE}),
+    "server.commands": frozenset(
         {
-            "server.cli",
-            "server.cli_bench",
-            "server.cli_eval",
-            "server.cli_plan",
-            "server.cli_profile",
-            "server.cli_ray",
-            "server",
-            "server.errors",
-            "server.engine",
-            "demo",
+            "server.commands",
+            "server.app",
+            "server.ray_app",
+            "server.api",
+            "server.fleet",
+            "loadtest",
             "profiling",
+            "demo",
+            *_CORE,
         }
     ),
-    "server.cli_bench": frozenset({"server", "server.errors", "loadtest"}),
-    "server.cli_eval": frozenset({"server", "server.errors", "server.engine", "profiling"}),
-    "server.cli_plan": frozenset({"server", "server.errors", "server.engine", "profiling"}),
-    "server.cli_profile": frozenset({"server", "server.errors", "server.engine", "profiling"}),
-    "server.cli_ray": frozenset({"server", "server.errors", "server.engine", "demo"}),
+    "server.cli": frozenset({"server.cli", "server.commands", "server.app", "demo", *_CORE}),
 }
 ROOMS = ("server", "kernels", "cache", "loadtest", "profiling", "demo")
 

@@ -1,7 +1,7 @@
 """An observer that remembers."""
 
 from headlong.server.engine.status import EngineStats
-from headlong.server.observer import EndedRequest, FinishedAs
+from headlong.server.telemetry.observer import EndedRequest, FinishedAs
 
 
 class Recorder:
