@@ -2,14 +2,14 @@
 
     PYTHONPATH=benchmarks python tests/conformance/bench_check.py --clients .venv-clients/bin
 
-Eight clients, prompts of 512 random tokens, answers of 32. Both count the same requests; guidellm's
+Eight clients, prompts of random tokens. Both count the same requests; guidellm's
 "inter token latency" of a request is its time after the first token by its tokens but one, which is
 our TPOT. Medians over the rounds must agree within a tenth.
 
 The server that decides is a paced one: it computes nothing and answers when its clock says, so that
 its latencies do not depend on who asks. A real server on the same cores is slowed by whatever its
-client computes, and guidellm computes more: those figures are shown with --real and judged by
-nobody.
+client computes, and guidellm computes more: --real shows those figures for long prompts and a
+server of one thread, which leaves the clients a core, and nobody judges them.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
@@ -30,7 +31,7 @@ from aiohttp import web
 from headlong.demo.paths import MODEL_DIR
 from local_server import BIN, serving
 
-STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 8, 512, 32, 64
+STREAMS = 8
 MOST_APART = 0.10
 TIMEOUT_S = 300
 
@@ -39,6 +40,19 @@ FIRST_TOKEN_S, NEXT_TOKEN_S = 0.4, 0.03
 and slower by a part of the other, so that there is something to average."""
 
 Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each of the clients' requests is, and how many there are."""
+
+    prompt_tokens: int
+    output_tokens: int
+    requests: int
+
+
+PACED = Load(prompt_tokens=512, output_tokens=32, requests=64)
+REAL = Load(prompt_tokens=4096, output_tokens=64, requests=32)
 
 
 async def answer_in_time(request: web.Request) -> web.StreamResponse:
@@ -55,8 +69,8 @@ async def answer_in_time(request: web.Request) -> web.StreamResponse:
         due += NEXT_TOKEN_S * (1 + part)
         finish = "length" if index == count - 1 else None
         await say(response, choices=[{"index": 0, "text": f" w{index}", "finish_reason": finish}])
-    counts = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": count}
-    counts["total_tokens"] = PROMPT_TOKENS + count
+    counts = {"prompt_tokens": PACED.prompt_tokens, "completion_tokens": count}
+    counts["total_tokens"] = PACED.prompt_tokens + count
     await say(response, choices=[], usage=counts)
     await response.write(b"data: [DONE]\n\n")
     return response
@@ -98,15 +112,15 @@ def paced() -> Iterator[str]:
         loop.close()
 
 
-def headlong(url: str, folder: Path, seed: int) -> Figures:
+def headlong(load: Load, url: str, folder: Path, seed: int) -> Figures:
     report = folder / f"headlong-{seed}.json"
     command = [str(BIN / "headlong"), "bench", url, "--tokenizer", str(MODEL_DIR)]
-    command += ["--num-prompts", str(REQUESTS), "--max-concurrency", str(STREAMS)]
-    command += ["--random-input-len", str(PROMPT_TOKENS), "--seed", str(seed)]
-    command += ["--random-output-len", str(OUTPUT_TOKENS), "--output", str(report)]
+    command += ["--num-prompts", str(load.requests), "--max-concurrency", str(STREAMS)]
+    command += ["--random-input-len", str(load.prompt_tokens), "--seed", str(seed)]
+    command += ["--random-output-len", str(load.output_tokens), "--output", str(report)]
     call(command, folder / "headlong.log")
     summary = json.loads(report.read_text())["runs"][0]["summary"]
-    assert summary["num_completed"] == REQUESTS, summary["errors"]
+    assert summary["num_completed"] == load.requests, summary["errors"]
     return {
         "TTFT, ms": summary["ttft_ms"]["mean"],
         "ITL, ms": summary["tpot_ms"]["mean"],
@@ -115,10 +129,11 @@ def headlong(url: str, folder: Path, seed: int) -> Figures:
     }
 
 
-def guidellm(clients: Path, url: str, folder: Path, seed: int) -> Figures:
+def guidellm(load: Load, clients: Path, url: str, folder: Path, seed: int) -> Figures:
     report = folder / f"guidellm-{seed}.json"
     backend = f"kind=openai_http,target={url},model=demo,request_format=/v1/completions"
-    data = f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={OUTPUT_TOKENS}"
+    data = f"kind=synthetic_text,prompt_tokens={load.prompt_tokens}"
+    data += f",output_tokens={load.output_tokens}"
     command = [str(clients / "guidellm"), "run", "--backend", backend]
     command += ["--tokenizer", f"kind=hf_auto,model={MODEL_DIR}", "--data", data]
     command += [
@@ -127,12 +142,12 @@ def guidellm(clients: Path, url: str, folder: Path, seed: int) -> Figures:
         "--seed",
         f"kind=static,value={seed}",
     ]
-    command += ["--constraint", f"kind=max_requests,count={REQUESTS}"]
+    command += ["--constraint", f"kind=max_requests,count={load.requests}"]
     command += ["--output", f"kind=json,path={report}"]
     call(command, folder / "guidellm.log")
     metrics = json.loads(report.read_text())["benchmarks"][0]["metrics"]
     totals = metrics["request_totals"]
-    assert totals["successful"] == REQUESTS, totals
+    assert totals["successful"] == load.requests, totals
 
     def mean(name: str) -> float:
         return float(metrics[name]["successful"]["mean"])
@@ -162,11 +177,13 @@ def call(command: list[str], log: Path) -> None:
         raise SystemExit(f"exit code {done.returncode}\n{log.read_text()[-3000:]}")
 
 
-def compare(url: str, clients: Path, folder: Path, rounds: int) -> tuple[list[str], bool]:
+def compare(
+    load: Load, url: str, clients: Path, folder: Path, rounds: int
+) -> tuple[list[str], bool]:
     """Lines of a table, and whether all figures agree."""
     sides: dict[str, Callable[[int], Figures]] = {
-        "headlong bench": lambda seed: headlong(url, folder, seed),
-        "guidellm": lambda seed: guidellm(clients, url, folder, seed),
+        "headlong bench": lambda seed: headlong(load, url, folder, seed),
+        "guidellm": lambda seed: guidellm(load, clients, url, folder, seed),
     }
     found: dict[str, list[Figures]] = {name: [] for name in sides}
     for turn in range(rounds):
@@ -195,12 +212,13 @@ def main() -> None:
     clients = options.clients.resolve()
     folder = Path(tempfile.mkdtemp(prefix="headlong-bench-check-"))
     with paced() as url:
-        lines, agree = compare(url, clients, folder, options.rounds)
+        lines, agree = compare(PACED, url, clients, folder, options.rounds)
     print("A paced server:", *lines, sep="\n")
     if options.real:
-        command = (str(BIN / "headlong"), "serve", str(MODEL_DIR), "--served-model-name", "demo")
+        command = ("env", "OMP_NUM_THREADS=1", str(BIN / "headlong"), "serve", str(MODEL_DIR))
+        command += ("--served-model-name", "demo")
         with serving(command, folder / "server.log") as url:
-            lines, _ = compare(url, clients, folder, options.rounds)
+            lines, _ = compare(REAL, url, clients, folder, options.rounds)
         print("A real server on the clients' cores:", *lines, sep="\n")
     print("the figures agree" if agree else f"figures differ by more than {MOST_APART:.0%}")
     sys.exit(0 if agree else 1)

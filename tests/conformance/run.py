@@ -89,7 +89,7 @@ def schemathesis(url: str, clients: Path, folder: Path) -> str:
 def headlong_bench(_: str, clients: Path, folder: Path) -> str:
     """Beside guidellm, on a server of its own: it must be the same at any load."""
     with bench_check.paced() as url:
-        lines, agree = bench_check.compare(url, clients, folder, BENCH_ROUNDS)
+        lines, agree = bench_check.compare(bench_check.PACED, url, clients, folder, BENCH_ROUNDS)
     if not agree:
         raise FaultFoundError("\n".join(lines))
     return "\n".join(["headlong bench: agrees with guidellm on a paced server", *lines])
