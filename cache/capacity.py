@@ -243,7 +243,22 @@ def plan_memory(
     Raises:
         CapacityError: Not even one sequence fits.
     """
-    num_blocks = plan_blocks(shape, budget_bytes, max_model_len)
+    return lay_out(shape, plan_blocks(shape, budget_bytes, max_model_len), max_model_len)
+
+
+def lay_out(
+    shape: CacheShape, num_blocks: tuple[int, ...], max_model_len: int
+) -> tuple[MemoryPlan, ArenaLayout]:
+    """Lay an arena out.
+
+    Args:
+        shape: The cache's shape.
+        num_blocks: Blocks of each group.
+        max_model_len: Longest sequence in tokens.
+
+    Returns:
+        The plan and the arena's map.
+    """
     layout = build_arena_layout(
         members=tuple(group.members for group in shape.groups),
         pages=tuple(shape.page for _ in shape.groups),

@@ -18,6 +18,7 @@ from headlong.server.commands.options import takes_settings
 from headlong.server.commands.plan import plan
 from headlong.server.commands.profile import profile_app
 from headlong.server.commands.serve_ray import serve_ray
+from headlong.server.commands.serving_settings import read_serving_settings
 from headlong.server.config import ServerConfig, config_path
 from headlong.server.config_file import read_config_file
 from headlong.server.config_sources import Sources
@@ -29,7 +30,6 @@ from headlong.server.errors import ConfigError, HeadlongError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-DEMO_MODEL_NAME = "headlong-demo"
 
 SETTINGS = (*ServerConfig.model_fields, *EngineSettings.model_fields)
 FOR_MANY_REQUESTS = (
@@ -81,19 +81,11 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
-    from headlong.demo.paths import MODEL_DIR
-
     path = config_path(config)
     file = read_config_file(path, SETTINGS) if path is not None else None
     sources = Sources({**given, "model": model}, file)
     with sources.named():
-        server_config = sources.read(ServerConfig)
-        settings = sources.read(EngineSettings)
-        engine_config = settings.to_engine_config(default_model=str(MODEL_DIR))
-        embedded = Path(engine_config.model).resolve() == MODEL_DIR.resolve()
-        server_config = server_config.with_default_name(
-            DEMO_MODEL_NAME if embedded else engine_config.model
-        )
+        server_config, settings, engine_config = read_serving_settings(sources)
         if print_config:
             typer.echo(config_text(sources, server_config, settings, engine_config), nl=False)
             return

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from headlong.server.commands.options import takes_settings
+from headlong.server.commands.serving_settings import read_serving_settings
 from headlong.server.config import ServerConfig, config_path
 from headlong.server.config_file import read_config_file
 from headlong.server.config_sources import DEFAULT, Sources
@@ -19,7 +20,6 @@ from headlong.server.fleet.settings import WITHOUT_EFFECT, RaySettings
 
 logger = logging.getLogger(__name__)
 
-DEMO_MODEL_NAME = "headlong-demo"
 _SETTINGS = tuple(
     name
     for settings in (RaySettings, ServerConfig, EngineSettings)
@@ -48,19 +48,12 @@ def serve_ray(
     """Serve a model by many engines, on the machines of a Ray cluster."""
     if find_spec("ray") is None or find_spec("ray.serve") is None:
         raise ConfigError("serve-ray needs Ray Serve: pip install 'headlong[ray]'")
-    from headlong.demo.paths import MODEL_DIR
-
     path = config_path(config)
     file = read_config_file(path, _SETTINGS) if path is not None else None
     sources = Sources({**given, "model": model}, file)
     with sources.named():
         settings = sources.read(RaySettings)
-        server_config = sources.read(ServerConfig)
-        engine_config = sources.read(EngineSettings).to_engine_config(str(MODEL_DIR))
-        embedded = Path(engine_config.model).resolve() == MODEL_DIR.resolve()
-        server_config = server_config.with_default_name(
-            DEMO_MODEL_NAME if embedded else engine_config.model
-        )
+        server_config, _, engine_config = read_serving_settings(sources)
 
         from headlong.server.start_checks import check_start
         from headlong.server.telemetry.logs import configure_logs

@@ -11,11 +11,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from headlong.server.engine.messages import Failed, Fault, FrameSplitter, Stop, encode
+from headlong.server.engine.messages import Failed, Fault, Stop, encode, read_frames
 from headlong.server.engine.rank_messages import (
     CopyBlocks,
     Forward,
@@ -30,7 +30,6 @@ from headlong.server.errors import ConfigError, EngineDeadError, HeadlongError
 if TYPE_CHECKING:
     from headlong.server.engine.runner import LocalRunner
 
-READ_BYTES = 1 << 18
 EXIT_FAILURE = 1
 
 CommandQueue = queue.SimpleQueue[RankCommand]
@@ -117,18 +116,11 @@ def _follow(runner: "LocalRunner", commands: CommandQueue) -> None:
 def _read(sock: socket.socket, commands: CommandQueue) -> None:
     """Pass commands on; when rank 0 is gone, so is this process, whatever it computes."""
     try:
-        for command in _commands(sock):
+        for command in map(decode_rank_command, read_frames(sock)):
             commands.put(command)
     except OSError:
         pass  # rank 0 was killed before it had read everything
     _leave()
-
-
-def _commands(sock: socket.socket) -> Iterator[RankCommand]:
-    splitter = FrameSplitter()
-    while data := sock.recv(READ_BYTES):
-        for message in splitter.feed(data):
-            yield decode_rank_command(message)
 
 
 def _leave() -> NoReturn:

@@ -5,12 +5,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.messages import Failed, FrameSplitter, Stop, encode
+from headlong.server.engine.messages import Failed, Stop, encode, read_frames
 from headlong.server.engine.rank_messages import (
     Open,
     RankEvent,
@@ -21,7 +21,6 @@ from headlong.server.engine.rank_messages import (
 from headlong.server.errors import EngineDeadError, HeadlongError
 
 FOLLOWER = "headlong.server.engine.follower"
-READ_BYTES = 1 << 16
 STOP_TIMEOUT_S = 10.0
 REAP_TIMEOUT_S = 2.0
 
@@ -115,7 +114,7 @@ class FollowerLink:
         """Take in what the rank says, until it has ended."""
         death: HeadlongError | None = None
         with suppress(OSError):
-            for event in self._said():
+            for event in map(decode_rank_event, read_frames(self._sock)):
                 if isinstance(event, Failed):
                     death = event.fault.error()
                 else:
@@ -124,12 +123,6 @@ class FollowerLink:
         self._events.put(self._death)
         if self._on_death is not None and not self._closing:
             self._on_death(self._death)
-
-    def _said(self) -> Iterator[RankEvent]:
-        splitter = FrameSplitter()
-        while data := self._sock.recv(READ_BYTES):
-            for message in splitter.feed(data):
-                yield decode_rank_event(message)
 
     def _ended(self) -> EngineDeadError:
         self._reap(REAP_TIMEOUT_S)

@@ -3,6 +3,8 @@
 A frame is a length of four bytes, little-endian, and then one message.
 """
 
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -23,6 +25,7 @@ from headlong.server.errors import (
 )
 
 LENGTH_BYTES = 4
+READ_BYTES = 1 << 18
 
 _ERRORS = {
     kind.__name__: kind
@@ -164,6 +167,20 @@ def decode_event(message: bytes) -> Event:
         msgspec.DecodeError: It is none.
     """
     return _events.decode(message)
+
+
+def read_frames(sock: socket.socket) -> Iterator[bytes]:
+    """Reads a blocking socket to its end.
+
+    Yields:
+        Each message, without its length.
+
+    Raises:
+        OSError: The other end broke off.
+    """
+    splitter = FrameSplitter()
+    while data := sock.recv(READ_BYTES):
+        yield from splitter.feed(data)
 
 
 class FrameSplitter:

@@ -7,7 +7,7 @@ the members that it computes.
 
 from dataclasses import dataclass, replace
 
-from headlong.cache.capacity import CacheShape, MemoryPlan, longest_sequence, plan_blocks
+from headlong.cache.capacity import CacheShape, MemoryPlan, lay_out, plan_blocks
 from headlong.cache.groups import HeadGroup
 from headlong.kernels.layout import ArenaLayout, build_arena_layout
 from headlong.server.engine.head_dealing import HeadDealing, HeadShare
@@ -53,19 +53,7 @@ def plan_ranks(
             for group in shape.groups
         ),
     )
-    num_blocks = plan_blocks(widest, budget_bytes, max_model_len)
-    layout = build_arena_layout(
-        members=tuple(group.members for group in shape.groups),
-        pages=tuple(shape.page for _ in shape.groups),
-        num_blocks=num_blocks,
-    )
-    plan = MemoryPlan(
-        shape=shape,
-        num_blocks=num_blocks,
-        arena_bytes=layout.total_bytes,
-        max_sequence_tokens=longest_sequence(shape, num_blocks, max_model_len),
-    )
-    return plan, layout
+    return lay_out(shape, plan_blocks(widest, budget_bytes, max_model_len), max_model_len)
 
 
 def local_arena(

@@ -21,18 +21,17 @@ from headlong.server.engine.messages import (
     Event,
     Failed,
     Fault,
-    FrameSplitter,
     Ready,
     Start,
     decode_command,
     encode,
+    read_frames,
 )
 from headlong.server.errors import ConfigError, HeadlongError
 
 # This module's own name is that of every program.
 logger = logging.getLogger("headlong.server.engine.worker")
 
-READ_BYTES = 1 << 16
 EXIT_FAILURE = 1
 
 
@@ -45,7 +44,7 @@ def serve(sock: socket.socket) -> int:
     Returns:
         The process's exit code.
     """
-    messages = _messages(sock)
+    messages = map(decode_command, read_frames(sock))
     start = next(messages, None)
     if start is None:
         return EXIT_FAILURE
@@ -93,13 +92,6 @@ def serve(sock: socket.socket) -> int:
     stopped = loop.run()
     engine.close()
     return 0 if stopped else EXIT_FAILURE
-
-
-def _messages(sock: socket.socket) -> Iterator[Start | Command]:
-    splitter = FrameSplitter()
-    while data := sock.recv(READ_BYTES):
-        for message in splitter.feed(data):
-            yield decode_command(message)
 
 
 def _read(messages: Iterator[Start | Command], commands: CommandQueue) -> None:

@@ -22,7 +22,7 @@ from headlong.server.async_engine import AsyncEngine
 from headlong.server.config import ServerConfig
 from headlong.server.engine.engine import Engine
 from headlong.server.listen import bind
-from support.engines import SINK_SIZE, WINDOW_SIZE, build_engine, random_profile
+from support.engines import SINK_SIZE, WINDOW_SIZE, crowded_engines, random_profile
 from support.tiny_models import VOCAB_SIZE
 
 NUM_REQUESTS = 1000
@@ -158,17 +158,9 @@ def test_storm(
     # Where a length was left open next to nothing is reserved, so that blocks do run out.
     monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
     folder = tiny_model("qwen3")
-    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
-    roomy = build_engine(folder, profile=profile, enable_prefix_caching=False)
-    small = build_engine(
-        folder,
-        profile=profile,
-        kv_cache_memory_bytes=roomy.plan.full_sequence_bytes(MAX_MODEL_LEN) * 2,
-        block_size=8,
-        max_num_batched_tokens=64,
-        max_model_len=MAX_MODEL_LEN,
-        kv_policy_tokens=MAX_MODEL_LEN,
-        canary_rate=0.2,
+    profile = random_profile(folder, tmp_path / "p.json", seed=1)
+    roomy, small = crowded_engines(
+        folder, profile, MAX_MODEL_LEN, max_num_batched_tokens=64, canary_rate=0.2
     )
     step = small.step
 

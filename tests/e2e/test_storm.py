@@ -12,7 +12,7 @@ import headlong.server.engine.sequence as sequence_module
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.request import EngineRequest, KVPolicy
 from headlong.server.engine.sampling_params import SamplingParams
-from support.engines import SINK_SIZE, WINDOW_SIZE, build_engine, random_profile
+from support.engines import SINK_SIZE, WINDOW_SIZE, crowded_engines, random_profile
 from support.tiny_models import VOCAB_SIZE
 
 NUM_REQUESTS = 400
@@ -80,17 +80,8 @@ def test_storm(
     # Where a length was left open next to nothing is reserved, so that blocks do run out.
     monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
     folder = tiny_model("qwen3")
-    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
-    roomy = build_engine(folder, profile=profile, enable_prefix_caching=False)
-    small = build_engine(
-        folder,
-        profile=profile,
-        kv_cache_memory_bytes=roomy.plan.full_sequence_bytes(MAX_MODEL_LEN) * 2,
-        block_size=8,
-        max_num_batched_tokens=40,
-        max_model_len=MAX_MODEL_LEN,
-        kv_policy_tokens=MAX_MODEL_LEN,
-    )
+    profile = random_profile(folder, tmp_path / "p.json", seed=1)
+    roomy, small = crowded_engines(folder, profile, MAX_MODEL_LEN, max_num_batched_tokens=40)
     rng = random.Random(7)
     prompt = random_prompts(rng)
     requests = {

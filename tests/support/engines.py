@@ -31,6 +31,23 @@ def build_engine(
     return Engine(config, on_rank_death=on_rank_death)
 
 
+def crowded_engines(
+    folder: Path, profile: Path, max_model_len: int, **changes: object
+) -> tuple[Engine, Engine]:
+    """One with room for everything, without a prefix cache, and one that has to preempt."""
+    roomy = build_engine(folder, profile=str(profile), enable_prefix_caching=False)
+    small = build_engine(
+        folder,
+        profile=str(profile),
+        kv_cache_memory_bytes=roomy.plan.full_sequence_bytes(max_model_len) * 2,
+        block_size=8,
+        max_model_len=max_model_len,
+        kv_policy_tokens=max_model_len,
+        **changes,
+    )
+    return roomy, small
+
+
 def random_profile(folder: Path, target: Path, seed: int, sparsity: float = 0.5) -> Path:
     """Write a profile of random scores for a checkpoint."""
     identity = ModelIdentity.from_config(AutoConfig.from_pretrained(folder))
