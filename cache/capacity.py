@@ -7,12 +7,13 @@ grow with the context. Where that would leave them less than half of the memory,
 sized for as many sequences as fit into the other half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-from headlong.cache.groups import STREAMING, HeadGroup
+from headlong.cache.groups import RETRIEVAL_HEADS, STREAMING, HeadGroup
 from headlong.cache.policy import RETRIEVAL
 from headlong.kernels.batch import UNBOUNDED
 from headlong.kernels.layout import (
@@ -41,7 +42,9 @@ class CacheShape:
         max_num_batched_tokens: Most new tokens of one step.
         wide_tokens: Tokens that sequences with a wider policy than the streaming group's hold in
             all, beside the windows of the others.
-        quantisation: Of the pages; None for none.
+        formats: Quantisation of the pages of each kind of head; kinds left out have none.
+        summarised: Whether pages of retrieval heads know the bounds of their keys.
+        compensated: Whether pages of streaming heads know the sums of what they drop.
     """
 
     groups: tuple[HeadGroup, ...]
@@ -51,16 +54,24 @@ class CacheShape:
     max_num_seqs: int
     max_num_batched_tokens: int
     wide_tokens: int = 0
-    quantisation: Quantisation | None = None
+    formats: Mapping[str, Quantisation] = MappingProxyType({})
+    summarised: bool = False
+    compensated: bool = False
 
-    @property
-    def page(self) -> PageLayout:
-        """Layout of one page."""
-        return PageLayout(self.block_size, self.head_dim, self.dtype, self.quantisation)
+    def page(self, group: HeadGroup) -> PageLayout:
+        """Layout of a group's pages."""
+        return PageLayout(
+            self.block_size,
+            self.head_dim,
+            self.dtype,
+            self.formats.get(group.kind),
+            summarised=self.summarised and group.kind == RETRIEVAL_HEADS,
+            compensated=self.compensated and group.kind == STREAMING,
+        )
 
     def block_bytes(self, group: HeadGroup) -> int:
         """Bytes of one block of a group."""
-        return len(group.members) * self.page.page_bytes
+        return len(group.members) * self.page(group).page_bytes
 
     def token_bytes(self, group: HeadGroup) -> int:
         """Bytes that each further token of context adds to a group: 0 if it has a window."""
@@ -261,7 +272,7 @@ def lay_out(
     """
     layout = build_arena_layout(
         members=tuple(group.members for group in shape.groups),
-        pages=tuple(shape.page for _ in shape.groups),
+        pages=tuple(map(shape.page, shape.groups)),
         num_blocks=num_blocks,
     )
     plan = MemoryPlan(

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 
+RETRIEVAL_HEADS = "retrieval"
+"""Name, and kind, of the group that keeps all."""
+
 STREAMING = "streaming"
 """Name of the group whose policy comes from the profile, so that a request may ask for another."""
 
@@ -22,6 +25,11 @@ class HeadGroup:
     name: str
     policy: HeadPolicy
     members: tuple[tuple[int, int], ...]
+
+    @property
+    def kind(self) -> str:
+        """ "retrieval", "streaming" or "sliding"."""
+        return self.name.partition("-")[0]
 
 
 def build_head_groups(
@@ -50,7 +58,7 @@ def build_head_groups(
             f"retrieval has {len(retrieval)} layers, native_windows has {len(native_windows)}"
         )
     members: dict[tuple[str, HeadPolicy], list[tuple[int, int]]] = {
-        ("retrieval", RETRIEVAL): [],
+        (RETRIEVAL_HEADS, RETRIEVAL): [],
         (STREAMING, streaming): [],
     }
     for layer, (labels, window) in enumerate(zip(retrieval, native_windows, strict=True)):
@@ -58,7 +66,7 @@ def build_head_groups(
             if window is not None:
                 key = (f"sliding-{window}", HeadPolicy(sink_size=0, window_size=window))
             else:
-                key = ("retrieval", RETRIEVAL) if keeps_all else (STREAMING, streaming)
+                key = (RETRIEVAL_HEADS, RETRIEVAL) if keeps_all else (STREAMING, streaming)
             members.setdefault(key, []).append((layer, head))
     return tuple(
         HeadGroup(name, policy, tuple(heads)) for (name, policy), heads in members.items() if heads

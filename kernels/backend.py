@@ -1,12 +1,32 @@
 """What the engine asks of an attention backend, and which one there is for a device."""
 
 import os
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from headlong.kernels.batch import AttentionBatch
 from headlong.kernels.layout import ArenaLayout
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionSettings:
+    """How retrieval heads choose pages, beside what a batch says.
+
+    Attributes:
+        budget_tokens: Most tokens of any sequence's budget that is not unbounded.
+        num_places: Sequences whose choices are remembered at once.
+        max_context: Longest context in tokens.
+        min_similarity: A choice is renewed when the cosine of the query and the one that it was
+            made for is below this for any query head of a KV head; None does not look.
+    """
+
+    budget_tokens: int
+    num_places: int
+    max_context: int
+    min_similarity: float | None = None
+
 
 BackendName = Literal["auto", "triton", "torch"]
 
@@ -25,7 +45,7 @@ class AttentionBackend(Protocol[Plan]):
         ...
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> None:
-        """Write the K and V of new tokens into their slots.
+        """Write the K and V of new tokens into their slots, and what pages say of them.
 
         Args:
             layer: Which layer's heads.
@@ -97,7 +117,11 @@ def choose_backend(name: BackendName, device: torch.device) -> Literal["triton",
 
 
 def make_backend(
-    name: Literal["triton", "torch"], arena: torch.Tensor, layout: ArenaLayout, num_q_heads: int
+    name: Literal["triton", "torch"],
+    arena: torch.Tensor,
+    layout: ArenaLayout,
+    num_q_heads: int,
+    selection: SelectionSettings | None = None,
 ) -> AttentionBackend[Any]:
     """Make a backend over an arena.
 
@@ -106,6 +130,7 @@ def make_backend(
         arena: uint8 [total_bytes].
         layout: The arena's map.
         num_q_heads: Query heads of a layer.
+        selection: How pages are chosen; None if no batch asks for it.
 
     Returns:
         The backend. What it plans is known to nobody but itself.
@@ -114,7 +139,7 @@ def make_backend(
     if name == "triton":
         from headlong.kernels.triton_attention import TritonAttention  # noqa: PLC0415
 
-        return TritonAttention(arena, layout, num_q_heads)
+        return TritonAttention(arena, layout, num_q_heads, selection)
     from headlong.kernels.torch_attention import TorchAttention  # noqa: PLC0415
 
-    return TorchAttention(arena, layout, num_q_heads)
+    return TorchAttention(arena, layout, num_q_heads, selection)

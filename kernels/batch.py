@@ -37,6 +37,25 @@ class GroupBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectionBatch:
+    """How much of its context each sequence's one new token may read, page by page.
+
+    It concerns groups whose pages are summarised and sequences with one new token. What was chosen
+    is remembered under the sequence's place, so that later tokens may reuse it.
+
+    Attributes:
+        budgets: int32 [num_seqs], tokens; `UNBOUNDED` where all are read.
+        places: int32 [num_seqs], less than the backend's `SelectionSettings.num_places`, no two
+            alike; 0 where all are read.
+        renews: bool [num_seqs], whether the sequence has to choose anew.
+    """
+
+    budgets: torch.Tensor
+    places: torch.Tensor
+    renews: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Prefill chunks and decodes side by side.
 
@@ -47,8 +66,10 @@ class AttentionBatch:
         cu_seqlens_q: int32 [num_seqs + 1], running sum of new tokens, from 0.
         context_lens: int32 [num_seqs], tokens of each sequence with the new ones.
         groups: One entry a head group.
+        selection: What of its pages each sequence reads; None if all read all.
     """
 
     cu_seqlens_q: torch.Tensor
     context_lens: torch.Tensor
     groups: tuple[GroupBatch, ...]
+    selection: SelectionBatch | None = None

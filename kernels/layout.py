@@ -3,9 +3,15 @@
 page of (layer, kv_head) in block b of group g, in bytes from the start of the arena:
     group_bases[g] + (b * group_pages[g] + head_pages[layer][kv_head]) * page_bytes[g]
 
-inside a page:  K [block_size, head_dim], then V [block_size, head_dim]
-
-Quantised pages have a size here and no kernels yet: capacity can be planned for them.
+inside a page, one after the other, each beginning at a multiple of 16 bytes:
+    keys       [block_size, head_dim], or packed [block_size, packed_bytes]
+    values     likewise
+    scales     float16 [2, block_size], of keys, then of values            if quantised
+    minima     float16 [2, block_size], what code 0 stands for             if quantised to int4
+    bounds     [4, head_dim]: least and greatest key of the page, channel
+               by channel, then of its span up to and with the page        if summarised
+    sums       float32 [2, head_dim]: of all keys, then of all values,
+               from the sinks' end to the beginning of the page            if compensated
 """
 
 from dataclasses import dataclass
@@ -13,6 +19,10 @@ from dataclasses import dataclass
 import torch
 
 GROUP_ALIGNMENT_BYTES = 256
+SECTION_ALIGNMENT_BYTES = 16
+
+SPAN_BLOCKS = 32
+"""Pages whose bounds are summed up in one, for a choice of pages in two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,54 +32,104 @@ class Quantisation:
     Attributes:
         name: As the command line spells it.
         element_bits: Bits of one element.
-        scale_bytes: Bytes of what turns one head's K of one token, and again its V, back: a scale,
-            and a zero point if there is one.
+        has_minimum: Whether codes count from a minimum of their own, beside a scale.
     """
 
     name: str
     element_bits: int
-    scale_bytes: int
+    has_minimum: bool = False
+
+    def packed_bytes(self, head_dim: int) -> int:
+        """Bytes of one token's K, and again of its V."""
+        return head_dim * self.element_bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of what turns one token's K, and again its V, back: a scale, and its minimum."""
+        return 4 if self.has_minimum else 2
 
 
 QUANTISATIONS: dict[str, Quantisation] = {
     each.name: each
     for each in (
-        Quantisation("fp8", element_bits=8, scale_bytes=2),
-        Quantisation("int8", element_bits=8, scale_bytes=2),
-        Quantisation("int4", element_bits=4, scale_bytes=4),
+        Quantisation("fp8", element_bits=8),
+        Quantisation("int8", element_bits=8),
+        Quantisation("int4", element_bits=4, has_minimum=True),
     )
 }
-"""Scales and zero points are float16, one each for every token and head."""
+"""Scales and minima are float16, one each for every token and head. `kernels.codes` has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """K and V of `block_size` tokens for one KV head of one layer.
+    """K and V of `block_size` tokens for one KV head of one layer, and what is said of them.
 
     Attributes:
         block_size: Tokens.
-        head_dim: Elements of K, and of V, of one token.
-        dtype: Of the elements, as the layers make them and as they lie here if not quantised.
+        head_dim: Elements of K, and of V, of one token; even.
+        dtype: Of the elements, as the layers make them and as they lie here if not quantised; of
+            the bounds.
         quantisation: How they lie here; None as they are.
+        summarised: Whether the page knows the bounds of its keys.
+        compensated: Whether the page knows the sums of what may be dropped before it.
     """
 
     block_size: int
     head_dim: int
     dtype: torch.dtype
     quantisation: Quantisation | None = None
+    summarised: bool = False
+    compensated: bool = False
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of one token's K, and again of its V."""
+        if self.quantisation is None:
+            return self.head_dim * self.dtype.itemsize
+        return self.quantisation.packed_bytes(self.head_dim)
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one token, K and V together."""
-        if self.quantisation is None:
-            return 2 * self.head_dim * self.dtype.itemsize
-        packed = -(-self.head_dim * self.quantisation.element_bits // 8)
-        return 2 * (packed + self.quantisation.scale_bytes)
+        """Bytes of one token, K and V together, with what turns them back."""
+        scales = 0 if self.quantisation is None else self.quantisation.scale_bytes
+        return 2 * (self.packed_bytes + scales)
+
+    @property
+    def values_at(self) -> int:
+        """Byte of the page where the values begin; the keys begin at 0."""
+        return _aligned(self.block_size * self.packed_bytes)
+
+    @property
+    def scales_at(self) -> int:
+        """Byte of the page where the scales begin."""
+        return 2 * self.values_at
+
+    @property
+    def minima_at(self) -> int:
+        """Byte of the page where the minima begin."""
+        scales = 0 if self.quantisation is None else 2 * 2 * self.block_size
+        return _aligned(self.scales_at + scales)
+
+    @property
+    def bounds_at(self) -> int:
+        """Byte of the page where the bounds begin."""
+        has_minima = self.quantisation is not None and self.quantisation.has_minimum
+        return _aligned(self.minima_at + (2 * 2 * self.block_size if has_minima else 0))
+
+    @property
+    def sums_at(self) -> int:
+        """Byte of the page where the sums begin."""
+        bounds = 4 * self.head_dim * self.dtype.itemsize if self.summarised else 0
+        return _aligned(self.bounds_at + bounds)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, K and V together."""
-        return self.block_size * self.entry_bytes
+        """Bytes of one page: a multiple of 16."""
+        return _aligned(self.sums_at + (2 * 4 * self.head_dim if self.compensated else 0))
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // SECTION_ALIGNMENT_BYTES) * SECTION_ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +178,70 @@ class ArenaLayout:
         raise ValueError(f"layer {layer} has no KV head {kv_head}")
 
     def view_group(self, arena: torch.Tensor, group: int) -> torch.Tensor:
-        """The group's region as pages.
+        """The group's region as pages of bytes.
 
         Args:
             arena: uint8 [total_bytes].
             group: Index of the head group.
 
         Returns:
-            A view [num_blocks, group_pages, 2, block_size, head_dim] in the group's dtype; index
-            0 of axis 2 is K, 1 is V.
+            A view, uint8 [num_blocks, group_pages, page_bytes].
         """
-        page = self.pages[group]
         num_bytes = self.num_blocks[group] * self.block_bytes(group)
-        region = arena.narrow(0, self.group_bases[group], num_bytes).view(page.dtype)
-        return region.view(
-            self.num_blocks[group], self.group_pages[group], 2, page.block_size, page.head_dim
-        )
+        region = arena.narrow(0, self.group_bases[group], num_bytes)
+        return region.view(self.num_blocks[group], self.group_pages[group], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class PageViews:
+    """The sections of a group's pages, as views of the arena. Absent sections are None.
+
+    Attributes:
+        keys: [num_blocks, group_pages, block_size, head_dim] in the page's dtype, or uint8
+            [..., packed_bytes] if quantised.
+        values: Likewise.
+        scales: float16 [num_blocks, group_pages, 2, block_size].
+        minima: float16 [num_blocks, group_pages, 2, block_size].
+        bounds: [num_blocks, group_pages, 4, head_dim] in the page's dtype.
+        sums: float32 [num_blocks, group_pages, 2, head_dim].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    minima: torch.Tensor | None
+    bounds: torch.Tensor | None
+    sums: torch.Tensor | None
+
+
+def view_pages(layout: ArenaLayout, arena: torch.Tensor, group: int) -> PageViews:
+    """Take a group's pages apart.
+
+    Args:
+        layout: The arena's map.
+        arena: uint8 [total_bytes].
+        group: Index of the head group.
+    """
+    page = layout.pages[group]
+    pages = layout.view_group(arena, group)
+    quantised = page.quantisation is not None
+    dtype = torch.uint8 if quantised else page.dtype
+
+    def section(start: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return pages[..., start : start + size].view(dtype).unflatten(-1, shape)
+
+    entry = page.packed_bytes // dtype.itemsize
+    return PageViews(
+        keys=section(0, dtype, page.block_size, entry),
+        values=section(page.values_at, dtype, page.block_size, entry),
+        scales=section(page.scales_at, torch.float16, 2, page.block_size) if quantised else None,
+        minima=section(page.minima_at, torch.float16, 2, page.block_size)
+        if page.quantisation is not None and page.quantisation.has_minimum
+        else None,
+        bounds=section(page.bounds_at, page.dtype, 4, page.head_dim) if page.summarised else None,
+        sums=section(page.sums_at, torch.float32, 2, page.head_dim) if page.compensated else None,
+    )
 
 
 def build_arena_layout(

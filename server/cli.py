@@ -33,10 +33,14 @@ EXIT_USAGE = 2
 
 SETTINGS = (*ServerConfig.model_fields, *EngineSettings.model_fields)
 FOR_MANY_REQUESTS = (
+    "arena_balance",
     "block_size",
     "canary_rate",
     "chunked_prefill_size",
+    "disk_cache_bytes",
+    "disk_cache_dir",
     "enable_prefix_caching",
+    "host_cache_bytes",
     "kv_policy_max_sink_size",
     "kv_policy_max_window_size",
     "kv_policy_tokens",

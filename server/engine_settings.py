@@ -9,10 +9,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from headlong.server.config import ENV_PREFIX
 from headlong.server.engine.engine_config import (
     UNBOUNDED,
+    ArenaBalance,
     AttentionBackendName,
+    Compensation,
     DType,
     EngineConfig,
     LoadFormat,
+    Quantization,
 )
 from headlong.server.flag import Flag
 
@@ -20,6 +23,7 @@ _MODEL = "Model"
 _HEADS = "Head profile"
 _DEVICE = "Device"
 _CACHE = "KV cache"
+_COMPRESSION = "Compression"
 _SCHEDULING = "Scheduling"
 _PROFILES = "the profile's"
 
@@ -48,6 +52,10 @@ class EngineSettings(BaseSettings):
     max_model_len: Annotated[
         int | None,
         Flag("Most tokens of prompt and completion together.", _MODEL, default="the model's limit"),
+    ] = None
+    quantization: Annotated[
+        Quantization | None,
+        Flag("Weights of linear layers in 8 or 4 bits, by torchao.", _MODEL, default="none"),
     ] = None
     seed: Annotated[int | None, Flag("Of requests that bring none of their own.", _MODEL)] = None
 
@@ -118,6 +126,25 @@ class EngineSettings(BaseSettings):
     enable_prefix_caching: Annotated[
         bool | None, Flag("Keep the blocks of finished requests findable.", _CACHE)
     ] = None
+    arena_balance: Annotated[
+        ArenaBalance | None,
+        Flag("slabs shares memory among head groups as they need it, fixed at start.", _CACHE),
+    ] = None
+    host_cache_bytes: Annotated[
+        int | None,
+        Flag("Memory of the host for blocks that the KV cache has no room for.", _CACHE),
+    ] = None
+    disk_cache_dir: Annotated[
+        str | None,
+        Flag(
+            "Folder for blocks that --host-cache-bytes has no room for; they outlive the server.",
+            _CACHE,
+            default="none",
+        ),
+    ] = None
+    disk_cache_bytes: Annotated[
+        int | None, Flag("Most bytes of files in --disk-cache-dir.", _CACHE)
+    ] = None
     kv_policy_max_sink_size: Annotated[
         int | None, Flag("Largest sink_size that a request's kv_policy may ask for.", _CACHE)
     ] = None
@@ -134,6 +161,41 @@ class EngineSettings(BaseSettings):
     kv_policy_tokens: Annotated[
         int | None,
         Flag("Tokens that requests with a wider kv_policy hold in all, set aside.", _CACHE),
+    ] = None
+
+    kv_cache_dtype: Annotated[
+        str | None,
+        Flag(
+            "auto (as the layers make K and V), fp8, int8 or int4, or one for each kind of head: "
+            "retrieval=int4,streaming=bf16.",
+            _COMPRESSION,
+        ),
+    ] = None
+    compensation: Annotated[
+        Compensation | None,
+        Flag("Streaming heads keep one entry that stands for all they dropped.", _COMPRESSION),
+    ] = None
+    retrieval_budget: Annotated[
+        int | None,
+        Flag(
+            "Most tokens that a retrieval head reads for a generated token, by pages that fit its "
+            "query.",
+            _COMPRESSION,
+            default="all",
+        ),
+    ] = None
+    selection_reuse_steps: Annotated[
+        int | None,
+        Flag("Generated tokens that share a choice of pages; at most --block-size.", _COMPRESSION),
+    ] = None
+    selection_min_similarity: Annotated[
+        float | None,
+        Flag(
+            "Least cosine of a query and the one that pages were chosen for; below it they are "
+            "chosen anew.",
+            _COMPRESSION,
+            default="none",
+        ),
     ] = None
 
     max_num_seqs: Annotated[int | None, Flag("Most sequences that run at once.", _SCHEDULING)] = (

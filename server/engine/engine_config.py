@@ -4,15 +4,22 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from headlong.server.engine.kv_cache_dtype import read_kv_cache_dtype
 from headlong.server.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 # The kernels' BackendName, stated again: this module must not import PyTorch.
 AttentionBackendName = Literal["auto", "triton", "torch"]
 LoadFormat = Literal["auto", "dummy"]
+Quantization = Literal["int8wo", "int4wo", "fp8"]
+Compensation = Literal["on", "off"]
+ArenaBalance = Literal["slabs", "fixed"]
 UNBOUNDED = 2**31 - 1
 """The kernels' window of a head that keeps everything, stated again for the same reason."""
 
+
+MIN_BUDGET_BLOCKS = 8
+"""Fewest blocks of a retrieval budget: the first, the newest, and some to choose."""
 
 MAX_RANKS = 64
 """Ranks of one machine: none has more devices, and none of the models has more KV heads."""
@@ -37,9 +44,26 @@ class EngineConfig:
         attention_backend: "triton" or "torch"; "auto" is Triton on CUDA, else PyTorch.
         enforce_eager: Launch every kernel of a decode anew, without CUDA graphs; a CPU always does,
             and so do several ranks.
+        quantization: Bits of the weights of linear layers, by torchao: "int8wo" and "int4wo" keep
+            activations as they are, "fp8" computes with both in 8 bits; None leaves them.
         load_format: "dummy" makes random weights of the checkpoint's shapes, and reads only its
             configuration and tokenizer.
         block_size: Tokens of a cache page.
+        kv_cache_dtype: Format of K and V: "auto", a dtype, "fp8", "int8" or "int4", or one for each
+            kind of head, as in "retrieval=int4,streaming=bf16"; see `read_kv_cache_dtype`.
+        compensation: "on" lets streaming heads keep one entry that stands for all they dropped.
+        retrieval_budget: Most tokens that a retrieval head reads for a generated token, those of
+            the pages that its query fits best; None reads all.
+        selection_reuse_steps: Generated tokens that share a choice of pages, 1 to `block_size`; a
+            choice never outlives a block.
+        selection_min_similarity: Chooses anew, too, when the cosine of the query and the one that
+            the choice was made for falls below this; None does not look.
+        arena_balance: "slabs" lets all groups take memory as they need it, "fixed" gives each its
+            share at start; several ranks always have fixed shares.
+        host_cache_bytes: Memory of the host for blocks that the arena has no room for; 0 is none.
+        disk_cache_dir: Folder for blocks that the host has no room for, found again after a
+            restart; only with `host_cache_bytes`.
+        disk_cache_bytes: Most bytes of files in it.
         kv_cache_memory_bytes: Size of the arena, or of each rank's; None is 1 GiB on a CPU, and on
             CUDA what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: Fraction of a CUDA device's memory that weights, activations and KV
@@ -76,8 +100,18 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     attention_backend: AttentionBackendName = "auto"
     enforce_eager: bool = False
+    quantization: Quantization | None = None
     load_format: LoadFormat = "auto"
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    compensation: Compensation = "off"
+    retrieval_budget: int | None = None
+    selection_reuse_steps: int = 1
+    selection_min_similarity: float | None = None
+    arena_balance: ArenaBalance = "slabs"
+    host_cache_bytes: int = 0
+    disk_cache_dir: str | None = None
+    disk_cache_bytes: int = 64 << 30
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
@@ -115,6 +149,44 @@ class EngineConfig:
         check(
             8 <= size <= 256 and size & (size - 1) == 0, "block_size", "a power of two in 8 to 256"
         )
+        read_kv_cache_dtype(self.kv_cache_dtype)
+        budget = self.retrieval_budget
+        check(
+            budget is None or MIN_BUDGET_BLOCKS * size <= budget <= UNBOUNDED,
+            "retrieval_budget",
+            f"at least {MIN_BUDGET_BLOCKS} blocks of {size} tokens",
+        )
+        check(1 <= self.selection_reuse_steps <= size, "selection_reuse_steps", f"in 1 to {size}")
+        similarity = self.selection_min_similarity
+        check(
+            similarity is None or -1.0 <= similarity <= 1.0,
+            "selection_min_similarity",
+            "in -1 to 1",
+        )
+        for name, default in (("selection_reuse_steps", 1), ("selection_min_similarity", None)):
+            check(
+                getattr(self, name) == default or budget is not None,
+                name,
+                "left out without retrieval_budget",
+            )
+        check(self.host_cache_bytes >= 0, "host_cache_bytes", "0 or more")
+        check(self.disk_cache_bytes > 0, "disk_cache_bytes", "over 0")
+        check(
+            self.disk_cache_dir is None or self.host_cache_bytes > 0,
+            "disk_cache_dir",
+            "left out without host_cache_bytes",
+        )
+        check(
+            self.host_cache_bytes == 0 or self.enable_prefix_caching,
+            "host_cache_bytes",
+            "0 without a prefix cache",
+        )
+        for name, none in (("host_cache_bytes", 0), ("quantization", None)):
+            check(
+                not many or getattr(self, name) == none,
+                name,
+                f"{none} when tensor_parallel_size is more than 1",
+            )
         check(self.sparsity is None or 0.0 <= self.sparsity <= 1.0, "sparsity", "in 0 to 1")
         both = self.sparsity is not None and self.threshold is not None
         check(not both, "threshold", "left out when sparsity is given")

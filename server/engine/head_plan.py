@@ -68,6 +68,13 @@ def prefix_namespace(
         str(model.dtype),
         str(model.geometry.kv_dtype),
         groups,
+        config.kv_cache_dtype,
+        config.compensation,
+        config.quantization,
+        config.block_size,
+        config.retrieval_budget,
+        config.selection_reuse_steps,
+        config.selection_min_similarity,
         config.seed if config.load_format == "dummy" else None,
     )
     return repr(identity).encode()

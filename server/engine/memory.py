@@ -1,18 +1,22 @@
 """How much memory the arena may take on this machine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from headlong.cache.capacity import CacheShape, CapacityError, MemoryPlan, plan_memory
 from headlong.cache.groups import HeadGroup
-from headlong.kernels.layout import ArenaLayout
+from headlong.kernels.layout import QUANTISATIONS, ArenaLayout, Quantisation
 from headlong.server.engine.attention import AttentionProbe
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.kv_cache_dtype import read_kv_cache_dtype
 from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
 from headlong.server.engine.process_group import least
 from headlong.server.engine.rank_plan import plan_ranks
 from headlong.server.engine.scheduler import SCORED_TOKENS
+from headlong.server.engine.weights import dtype_name
 from headlong.server.errors import ConfigError
 
 CPU_DEFAULT_BYTES = 1 << 30
@@ -132,6 +136,29 @@ def cache_shape(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         wide_tokens=config.kv_policy_tokens,
+        formats=page_formats(config, geometry.kv_dtype),
+        summarised=config.retrieval_budget is not None,
+        compensated=config.compensation == "on",
+    )
+
+
+def page_formats(config: EngineConfig, kv_dtype: torch.dtype) -> Mapping[str, Quantisation]:
+    """How each kind of head stores K and V, where not as the layers make them.
+
+    Raises:
+        ConfigError: A dtype is asked for that the layers do not make.
+    """
+    chosen = read_kv_cache_dtype(config.kv_cache_dtype)
+    own = dtype_name(kv_dtype)
+    for kind, name in chosen.items():
+        if name not in ("auto", own) and name not in QUANTISATIONS:
+            raise ConfigError(
+                f"kv_cache_dtype of {kind} heads is {name}, but the layers make {own} K and V; "
+                f"that is --dtype {name}",
+                "kv_cache_dtype",
+            )
+    return MappingProxyType(
+        {kind: QUANTISATIONS[name] for kind, name in chosen.items() if name in QUANTISATIONS}
     )
 
 
