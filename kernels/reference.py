@@ -1,6 +1,8 @@
 """What the cache kernels compute, in plain PyTorch: the oracle of every kernel's test.
 
 Nothing here is meant to be fast. One head, one sequence, one row of the law at a time.
+`reference_summaries` states what pages say of their keys, `reference_selection` which pages a
+retrieval head reads.
 """
 
 import math
@@ -8,7 +10,11 @@ import math
 import torch
 
 from headlong.kernels.batch import AttentionBatch
-from headlong.kernels.layout import ArenaLayout
+from headlong.kernels.codes import quantise
+from headlong.kernels.layout import ArenaLayout, view_pages
+from headlong.kernels.reference_pages import SequencePages
+from headlong.kernels.reference_selection import Choices, chosen_pages
+from headlong.kernels.reference_summaries import dropped_mean, summarise
 
 
 def visible(
@@ -41,7 +47,7 @@ def append(
     value: torch.Tensor,
     batch: AttentionBatch,
 ) -> None:
-    """Write the K and V of new tokens into their slots.
+    """Write the K and V of new tokens into their slots, then what their pages say of them.
 
     Args:
         arena: uint8 [total_bytes], changed in place.
@@ -49,17 +55,33 @@ def append(
         layer: Which layer's heads.
         key: [total_tokens, num_kv_heads, head_dim], after RoPE.
         value: [total_tokens, num_kv_heads, head_dim].
-        batch: Slots of every group.
+        batch: Tables of the batch.
     """
     for heads in layout.layers[layer]:
-        pages = layout.view_group(arena, heads.group)
-        block_size = layout.pages[heads.group].block_size
+        page_layout = layout.pages[heads.group]
+        pages = view_pages(layout, arena, heads.group)
         slots = batch.groups[heads.group].slot_mapping.tolist()
         for page, head in enumerate(heads.kv_heads, start=heads.first_page):
             for row, slot in enumerate(slots):
-                block, offset = divmod(slot, block_size)
-                pages[block, page, 0, offset] = key[row, head]
-                pages[block, page, 1, offset] = value[row, head]
+                block, offset = divmod(slot, page_layout.block_size)
+                both = ((pages.keys, key[row, head]), (pages.values, value[row, head]))
+                for index, (section, new) in enumerate(both):
+                    if page_layout.quantisation is None:
+                        section[block, page, offset] = new
+                        continue
+                    codes = quantise(new, page_layout.quantisation)
+                    section[block, page, offset] = codes.packed
+                    assert pages.scales is not None
+                    pages.scales[block, page, index, offset] = codes.scales
+                    if pages.minima is not None and codes.minima is not None:
+                        pages.minima[block, page, index, offset] = codes.minima
+        if page_layout.summarised or page_layout.compensated:
+            bounds = batch.cu_seqlens_q.tolist()
+            for seq, context_len in enumerate(batch.context_lens.tolist()):
+                num_new = bounds[seq + 1] - bounds[seq]
+                for page in range(heads.first_page, heads.first_page + len(heads.kv_heads)):
+                    held = SequencePages(arena, layout, batch, heads.group, page, seq)
+                    summarise(held, context_len, num_new)
 
 
 def attend(
@@ -72,13 +94,16 @@ def attend(
     sm_scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    choices: Choices | None = None,
 ) -> torch.Tensor:
     """Attention of the new tokens over the paged cache, which already holds their K and V.
 
     For query head h of KV head h // (num_q_heads / num_kv_heads), at position t:
         s_j = softcap * tanh(sm_scale * q.k_j / softcap)    (without softcap: sm_scale * q.k_j)
         o   = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sinks[h]))    over the j that t sees
-    (without sinks the last term is absent).
+    (without sinks the last term is absent). In a compensated group one more j stands for the N
+    tokens that t does not see any more: k_j and v_j are the means of theirs, and ln N is added to
+    s_j (RazorAttention, arXiv 2407.15891).
 
     Args:
         query: [total_tokens, num_q_heads, head_dim], after RoPE.
@@ -89,6 +114,7 @@ def attend(
         sm_scale: Factor of the logits.
         softcap: Bound of the logits, as in Gemma 2.
         sinks: [num_q_heads], learned sink logits, as in gpt-oss.
+        choices: What heads have chosen before; changed. None if nothing is remembered.
 
     Returns:
         float64 [total_tokens, num_q_heads, head_dim].
@@ -102,42 +128,47 @@ def attend(
         positions = torch.arange(context_len - (bounds[seq + 1] - bounds[seq]), context_len)
         for kv_head in range(num_kv_heads):
             group, page = layout.head_page(layer, kv_head)
-            tables = batch.groups[group]
-            pages = layout.view_group(arena, group)[:, page].double()
-            keys, key_positions = _gather(pages, batch, group, seq, context_len)
-            mask = visible(
-                positions,
-                key_positions,
-                int(tables.sink_sizes[seq]),
-                int(tables.window_sizes[seq]),
-            )
-            for head in range(kv_head * group_size, (kv_head + 1) * group_size):
-                logits = query[rows, head].double() @ keys[0].T * sm_scale
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
-                logits = logits.masked_fill(~mask, -math.inf)
+            q_heads = slice(kv_head * group_size, (kv_head + 1) * group_size)
+            pages = SequencePages(arena, layout, batch, group, page, seq)
+            mine = query[rows, q_heads].double()
+            read = chosen_pages(pages, mine, batch, seq, (layer, kv_head), choices)
+            key_positions = pages.positions(context_len, read)
+            keys, values = pages.keys(key_positions), pages.values(key_positions)
+            mask = visible(positions, key_positions, pages.sink_size, pages.window_size)
+            for head in range(group_size):
+                logits = mine[:, head] @ keys.T * sm_scale
+                logits = _capped(logits, softcap).masked_fill(~mask, -math.inf)
+                extra = [
+                    _compensation(pages, mine[row, head], int(t), sm_scale, softcap)
+                    for row, t in enumerate(positions)
+                ]
+                columns = [logits, torch.stack([logit for logit, _ in extra])[:, None]]
                 if sinks is not None:
-                    extra = sinks[head].double().expand(len(positions), 1)
-                    logits = torch.cat([logits, extra], dim=1)
-                weights = torch.softmax(logits, dim=1)[:, : len(key_positions)]
-                out[rows, head] = weights @ keys[1]
+                    sink = sinks[q_heads.start + head].double()
+                    columns.append(sink.expand(len(positions), 1))
+                weights = torch.softmax(torch.cat(columns, dim=1), dim=1)
+                result = weights[:, : len(key_positions)] @ values
+                means = torch.stack([mean for _, mean in extra])
+                out[rows, q_heads.start + head] = (
+                    result + weights[:, len(key_positions), None] * means
+                )
     return out
 
 
-def _gather(
-    pages: torch.Tensor, batch: AttentionBatch, group: int, seq: int, context_len: int
+def _compensation(
+    pages: SequencePages,
+    query: torch.Tensor,
+    position: int,
+    sm_scale: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [2, num_keys, head_dim] that a sequence still owns, and their positions."""
-    tables = batch.groups[group]
-    block_size = pages.shape[2]
-    sink_blocks, window_start = int(tables.sink_blocks[seq]), int(tables.window_starts[seq])
-    found: list[torch.Tensor] = []
-    positions: list[int] = []
-    for entry in range(int(tables.table_lens[seq])):
-        logical = entry if entry < sink_blocks else window_start + entry - sink_blocks
-        first = logical * block_size
-        count = min(block_size, context_len - first)
-        block = int(tables.block_tables[seq, entry])
-        found.append(pages[block, :, :count])
-        positions.extend(range(first, first + count))
-    return torch.cat(found, dim=1), torch.tensor(positions)
+    """Logit and value of what stands for the dropped tokens; -inf and 0 if there are none."""
+    mean = dropped_mean(pages, position)
+    if mean is None:
+        return torch.tensor(-math.inf, dtype=torch.float64), torch.zeros_like(query)
+    logit = _capped(query @ mean.key * sm_scale, softcap)
+    return logit + math.log(mean.count), mean.value
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -38,6 +38,9 @@ def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...
         )
     except ValueError as error:
         raise ConfigError(f"profile {config.profile!r}: {error}", "profile") from error
+    if config.compensation == "on" and streaming.window_size < 2:
+        # What a token adds to the sums is read from its page when the next one comes.
+        raise ConfigError("compensation needs a window_size of at least 2", "compensation")
     return build_head_groups(profile_labels, streaming, geometry.native_windows)
 
 
