@@ -26,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from headlong.kernels.layout import view_pages
 from headlong.profiling.head_profile import HeadProfile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine import Engine
@@ -106,8 +107,9 @@ def engine_side(
         )
     )
     for group in range(engine.arena.layout.num_groups):
-        pages = engine.arena.layout.view_group(engine.arena.memory, group)
-        pages.normal_()
+        pages = view_pages(engine.arena.layout, engine.arena.memory, group)
+        pages.keys.normal_()
+        pages.values.normal_()
     params = SamplingParams(max_tokens=tokens + 2, temperature=0.0, ignore_eos=True)
     prompt = torch.randint(CONFIG.vocab_size, (context,)).tolist()
 

@@ -7,6 +7,7 @@ runs from a checkout and takes 9 minutes at most:
     kernels-check   every kernel against the float64 reference, outputs poisoned
     ceilings        copy and read bandwidth, matrix products
     kernels         attention of a layer, beside torch's FlashAttention and cuDNN
+    context         128k and 1M tokens: K and V in fewer bits, chosen pages, the host's memory
     decode          the engine: ms a token and peak memory, 32k to 1M tokens of context
     prefill         the engine: prompts of 128k and 320k tokens in chunks of 32k
     tuning          the kernels with other tiles; only if asked for by --only
@@ -37,6 +38,7 @@ PARTS = {
     "kernels-check": "gpu_check",
     "ceilings": "gpu_ceilings",
     "kernels": "gpu_kernels",
+    "context": "gpu_context",
     "decode": "gpu_decode",
     "prefill": "gpu_prefill",
     "tuning": "gpu_tuning",

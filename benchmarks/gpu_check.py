@@ -3,9 +3,12 @@
 A case is a batch of decodes and prefill chunks over one arena. Whatever nobody wrote is NaN: the
 arena's unwritten slots, and every buffer that a kernel is to fill. Checked are
 
-- append: the arena is bit for bit the reference's;
+- append: the arena is bit for bit the reference's, codes, scales and bounds with it; but for sums,
+  whose tokens the reference adds up in another order: they may be SUMS_TOLERANCE away;
+- choices: the pages that a head reads are the best by the reference's scores, or near enough;
 - attend: ||out - reference|| / ||reference|| of every sequence, where NaN never passes;
-- invariance: each sequence alone, and the batch a second time, give the same bits;
+- invariance: each sequence alone, and the batch a second time, give the same bits, and so does a
+  step that keeps its choices;
 - distance: an arena of more than 2**31 elements gives the bits of a small one.
 
 Cases are shared out among processes, because most of their time goes into compiling kernels.
@@ -17,119 +20,37 @@ import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
 import torch
-from gpu_paged import Chunk, Paged, build_paged
+from gpu_check_cases import DRY, REAL, Case, Settings
+from gpu_check_choices import check_choices, kept_choices
+from gpu_fill import NAN_BYTE
+from gpu_paged import Paged, build_paged
 from gpu_session import Entry, Session
 
 from headlong.cache.policy import HeadPolicy
 from headlong.kernels import reference
-from headlong.kernels.backend import make_backend
-from headlong.kernels.layout import PageLayout
+from headlong.kernels.backend import SelectionSettings, make_backend
+from headlong.kernels.batch import UNBOUNDED, AttentionBatch, SelectionBatch
+from headlong.kernels.layout import view_pages
+from headlong.kernels.reference_selection import Choices
 from headlong.server.engine.batch import build_attention_batch
+
+if TYPE_CHECKING:
+    from headlong.kernels.triton_attention import TritonAttention
+
+__all__ = ["DRY", "PART", "REAL", "Case", "Settings"]
 
 PART = "kernels-check"
 
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SUMS_TOLERANCE = 1e-4
+"""Of one element of sums; a token that is missing makes a difference of about 1."""
 
 LABELS = ((True, False, True), (False, True, False))
 """Two layers with both kinds of heads; the second is computed, whose pages are not the first."""
 LAYER = 1
-
-DECODES = (1, 15, 16, 17, 255, 257, 1000, 4097)
-PREFILLS = (
-    Chunk(0, 15), Chunk(0, 16), Chunk(1, 16), Chunk(5, 250), Chunk(0, 257), Chunk(744, 256),
-    Chunk(3840, 257), Chunk(1000, 3),
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What varies."""
-
-    dtype: torch.dtype
-    head_dim: int
-    block_size: int
-    group_size: int
-    sink_size: int = 4
-    window_size: int = 100
-    softcap: float | None = None
-    learned_sinks: bool = False
-    native_window: int | None = None
-    decodes: tuple[int, ...] = DECODES
-    prefills: tuple[Chunk, ...] = PREFILLS
-
-    @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        extras = [
-            f"softcap {self.softcap:g}" if self.softcap else "",
-            "learned sinks" if self.learned_sinks else "",
-            f"native window {self.native_window}" if self.native_window else "",
-        ]
-        return " ".join(
-            [
-                f"{dtype} dim {self.head_dim} block {self.block_size} group {self.group_size}",
-                f"sink {self.sink_size} window {self.window_size}",
-                *filter(None, extras),
-            ]
-        )
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        """Decodes and chunks by turns, as no scheduler would order them."""
-        decodes = [Chunk(length - 1, 1) for length in self.decodes]
-        both = [*zip(decodes, self.prefills, strict=False)]
-        rest = max(decodes, self.prefills, key=len)[len(both) :]
-        return (*(chunk for pair in both for chunk in pair), *rest)
-
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-_BASE = (
-    Case(BF16, 128, 16, 4, sink_size=128, window_size=256),
-    Case(FP16, 128, 32, 8, sink_size=0, window_size=1),
-    Case(FP32, 128, 64, 1, sink_size=5, window_size=21),
-    Case(BF16, 64, 128, 16, sink_size=17, window_size=31),
-    Case(FP16, 64, 16, 3, sink_size=16, window_size=5000),
-    Case(FP32, 64, 32, 4, sink_size=64, window_size=255),
-    Case(BF16, 256, 16, 1),
-    Case(BF16, 80, 64, 8, sink_size=0, window_size=64),
-    Case(FP16, 32, 32, 3),
-    Case(BF16, 64, 16, 8, softcap=30.0, learned_sinks=True),
-    Case(FP32, 64, 16, 8, softcap=2.0, learned_sinks=True, sink_size=0),
-    Case(FP16, 64, 64, 16, learned_sinks=True, native_window=128),
-)  # fmt: skip
-_SIZES = tuple(
-    Case(BF16, 128, block_size, group_size, sink_size=block_size - 1, window_size=block_size + 1)
-    for block_size in (16, 32, 64, 128)
-    for group_size in (1, 3, 4, 8, 16)
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Which cases, by how many processes, and how far away the distant arena's pages lie."""
-
-    cases: tuple[Case, ...] = (*_BASE, *_SIZES)
-    processes: int = 6
-    distant_elements: int = 2**31 + 2**28
-
-
-REAL = Settings()
-DRY = Settings(
-    cases=tuple(
-        Case(
-            dtype, 16, 16, group_size, softcap=softcap, learned_sinks=softcap is not None,
-            sink_size=3, window_size=18, decodes=(1, 33), prefills=(Chunk(0, 17), Chunk(20, 5)),
-        )
-        for dtype, group_size, softcap in ((FP32, 3, None), (BF16, 1, 5.0))
-    ),
-    processes=1,
-    distant_elements=1 << 16,
-)  # fmt: skip
 
 
 def run(session: Session, settings: Settings) -> None:
@@ -177,10 +98,10 @@ def check(device: str, case: Case) -> Entry:
     if not made.appends_like_reference():
         problems.append("append differs from the reference")
     out = made.attend()
+    problems += made.wrong_choices()
     errors = made.errors(out)
-    tolerance = TOLERANCES[case.dtype]
     for chunk, error in zip(case.chunks, errors, strict=True):
-        if not error <= tolerance:
+        if not error <= case.tolerance:
             problems.append(f"{chunk.new} after {chunk.cached} tokens: error {error:.2e}")
     if not same_bits(out, made.attend()):
         problems.append("a second run gives other bits")
@@ -188,13 +109,16 @@ def check(device: str, case: Case) -> Entry:
         rows = slice(*made.paged.batch.cu_seqlens_q[index : index + 2].tolist())
         if not same_bits(out[rows], made.attend([index])):
             problems.append(f"{chunk.new} after {chunk.cached} tokens: other bits alone")
+    if case.budget is not None:
+        problems += made.wrong_later_choices(out)
     worst = max(errors, key=lambda error: (math.isnan(error), error))
     return {
         "status": "failed" if problems else "ok",
         "why": "; ".join(problems[:4]),
         "dtype": str(case.dtype).removeprefix("torch."),
+        "formats": [form for _, form in case.formats],
         "error": worst,
-        "tolerance": tolerance,
+        "tolerance": case.tolerance,
     }
 
 
@@ -220,10 +144,10 @@ class Made:
         self.device = device
         self.generator = torch.Generator(device)
         self.generator.manual_seed(0)
-        page = PageLayout(case.block_size, case.head_dim, case.dtype)
         streaming = HeadPolicy(case.sink_size, case.window_size)
         windows = (None, case.native_window)
-        self.paged: Paged = build_paged(LABELS, streaming, page, case.chunks, device, windows)
+        self.paged: Paged = build_paged(LABELS, streaming, case.pages, case.chunks, device, windows)
+        self._selects(renews=True)
         self.paged.fill_cached(self.generator)
         num_kv_heads = len(LABELS[LAYER])
         self.num_q_heads = num_kv_heads * case.group_size
@@ -242,20 +166,44 @@ class Made:
 
     def _take_arena(self, arena: torch.Tensor) -> None:
         self.paged.arena = arena
-        self.backend = make_backend("triton", arena, self.paged.layout, self.num_q_heads)
+        case, longest = self.case, max(chunk.cached + chunk.new for chunk in self.paged.chunks)
+        settings = None
+        if case.budget is not None:
+            places = 1 + len(case.chunks)
+            settings = SelectionSettings(case.budget, places, longest, case.min_similarity)
+        self.backend = make_backend("triton", arena, self.paged.layout, self.num_q_heads, settings)
+
+    def _selects(self, *, renews: bool) -> None:
+        """Put decodes under the budget, each in a place of its own."""
+        if self.case.budget is None:
+            return
+        decodes = torch.tensor([chunk.new == 1 for chunk in self.case.chunks])
+        places = torch.arange(1, 1 + len(decodes), dtype=torch.int32)
+        budgets = torch.where(decodes, self.case.budget, UNBOUNDED).int()
+        chosen = SelectionBatch(budgets, places * decodes, torch.full_like(decodes, renews))
+        self.paged.batch = dataclasses.replace(self.paged.batch, selection=chosen)
 
     def append(self) -> None:
         plan = self.backend.plan(self.paged.batch)
         self.backend.append(LAYER, self.key, self.value, plan)
 
     def appends_like_reference(self) -> bool:
-        """Append, and compare the whole arena."""
+        """Append, and compare the whole arena; of sums, only that they are near."""
         expected = self.paged.arena.to("cpu", copy=True)
         key, value = (each.transpose(0, 1).cpu() for each in (self.key, self.value))
         paged = self.paged
         reference.append(expected, paged.layout, LAYER, key, value, paged.batch)
         self.append()
-        return torch.equal(paged.arena.cpu(), expected)
+        found = paged.arena.to("cpu", copy=True)
+        for group in range(paged.layout.num_groups):
+            sums = view_pages(paged.layout, found, group).sums
+            wanted = view_pages(paged.layout, expected, group).sums
+            if sums is None or wanted is None:
+                continue
+            if not torch.allclose(sums, wanted, rtol=0.0, atol=SUMS_TOLERANCE, equal_nan=True):
+                return False
+            sums.copy_(wanted)
+        return torch.equal(found, expected)
 
     def attend(self, chosen: Sequence[int] | None = None) -> torch.Tensor:
         """Attention of the batch, or of a batch of some of its sequences."""
@@ -267,6 +215,7 @@ class Made:
             batch = build_attention_batch(
                 [self.paged.sequences[index] for index in chosen],
                 [self.paged.chunks[index].new for index in chosen],
+                _some(batch, chosen),
             )
         with poisoned_allocations():
             return self.backend.attend(
@@ -280,16 +229,22 @@ class Made:
 
     def errors(self, out: torch.Tensor) -> list[float]:
         """||out - reference|| / ||reference|| of each sequence."""
-        paged = self.paged
+        paged, batch = self.paged, self.paged.batch
+        if batch.selection is not None:
+            # The reference reads what the device chose: the rest is to be right, ties or not.
+            keeps = torch.zeros_like(batch.selection.renews)
+            selection = dataclasses.replace(batch.selection, renews=keeps)
+            batch = dataclasses.replace(batch, selection=selection)
         expected = reference.attend(
             self.query.transpose(0, 1).cpu(),
             paged.arena.cpu(),
             paged.layout,
             LAYER,
-            paged.batch,
+            batch,
             sm_scale=self.case.head_dim**-0.5,
             softcap=self.case.softcap,
             sinks=None if self.sinks is None else self.sinks.cpu(),
+            choices=self._kept(),
         )
         bounds = paged.batch.cu_seqlens_q.tolist()
         found: list[float] = []
@@ -298,6 +253,35 @@ class Made:
             got = out[first:last].cpu().double()
             found.append(float((got - want).norm() / want.norm()))
         return found
+
+    def wrong_choices(self) -> list[str]:
+        """What of the last step's choices the reference would not have made."""
+        kept = self._kept()
+        if kept is None:
+            return []
+        arena, query = self.paged.arena.cpu(), self.query.transpose(0, 1).cpu()
+        return check_choices(kept, query, arena, self.paged.layout, LAYER, self.paged.batch)
+
+    def wrong_later_choices(self, out: torch.Tensor) -> list[str]:
+        """Go on with the choices of `out`, then with queries that have drifted away from them."""
+        problems: list[str] = []
+        self._selects(renews=False)
+        if not same_bits(out, self.attend()):
+            problems.append("choices that are kept give other bits")
+        if self.case.min_similarity is not None:
+            self.query = -self.query
+            self.attend()
+            problems += [f"after a drift, {each}" for each in self.wrong_choices()]
+        return problems
+
+    def _kept(self) -> Choices | None:
+        """What the device remembers, for the reference to read; None without a budget."""
+        if self.case.budget is None:
+            return None
+        selection = cast("TritonAttention", self.backend).page_selection
+        assert selection is not None
+        chosen, _ = selection.remembered(LAYER)
+        return kept_choices(chosen.cpu(), self.paged.layout, LAYER, self.paged.batch)
 
     def move_away(self, elements: int) -> None:
         """Copy every group's blocks to the end of a group that is larger by so many elements."""
@@ -318,7 +302,7 @@ class Made:
             total_bytes=old.total_bytes + moved,
         )
         arena = torch.empty(layout.total_bytes, dtype=torch.uint8, device=self.device)
-        layout.view_group(arena, 0).fill_(torch.nan)
+        layout.view_group(arena, 0).fill_(NAN_BYTE)
         for group, shift in enumerate(shifts):
             old_pages = old.view_group(old_arena, group)
             layout.view_group(arena, group)[shift:].copy_(old_pages)
@@ -335,6 +319,15 @@ class Made:
         )
         self.paged.layout = layout
         self._take_arena(arena)
+
+
+def _some(batch: AttentionBatch, chosen: Sequence[int]) -> SelectionBatch | None:
+    """What some of a batch's sequences may read."""
+    every = batch.selection
+    if every is None:
+        return None
+    rows = list(chosen)
+    return SelectionBatch(every.budgets[rows], every.places[rows], every.renews[rows])
 
 
 @contextlib.contextmanager

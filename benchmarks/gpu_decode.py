@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from gpu_device import Timing
+from gpu_fill import fill_pages
 from gpu_layers import K, short
 from gpu_models import (
     DRY_ENGINES,
@@ -92,13 +93,27 @@ def decode(
 ) -> Entry:
     """Time the steps of one sequence and watch memory."""
     model = models.take(shape)
-    num_steps = WARM_UP_STEPS + settings.steps
-    engine = model.engine(cell.retrieval, cell.context + num_steps + 1, eager=cell.eager)
-    layout = engine.arena.layout
-    for group in range(layout.num_groups):
-        layout.view_group(engine.arena.memory, group).normal_()
+    longest = cell.context + num_tokens(settings.steps)
+    engine = model.engine(cell.retrieval, longest, eager=cell.eager)
+    return {
+        "model": shape.name,
+        "heads": shape.heads,
+        "retrieval": cell.retrieval,
+        "eager": cell.eager,
+        **time_steps(session, engine, cell.context, settings.steps),
+    }
+
+
+def num_tokens(steps: int) -> int:
+    """Tokens that an engine must hold beside the context, for so many steps."""
+    return WARM_UP_STEPS + steps + 1
+
+
+def time_steps(session: Session, engine: Engine, context: int, steps: int) -> Entry:
+    """Time an engine's steps after a context of random K and V, and watch memory."""
+    fill_pages(engine.arena.layout, engine.arena.memory)
     session.device.reset_peak()
-    place_context(engine, cell.context, num_steps)
+    place_context(engine, context, WARM_UP_STEPS + steps)
     times_ms: list[float] = []
     while engine.has_work:
         start = time.perf_counter()
@@ -109,14 +124,10 @@ def decode(
     times_ms = times_ms[WARM_UP_STEPS:]
     timing = Timing(statistics.median(times_ms), min(times_ms), max(times_ms), len(times_ms))
     return {
-        "model": shape.name,
-        "heads": shape.heads,
-        "context": cell.context,
-        "retrieval": cell.retrieval,
-        "eager": cell.eager,
+        "context": context,
         "cuda_graphs": engine.uses_cuda_graphs,
         "peak_bytes": session.device.peak_bytes(),
-        "cache_bytes": layout.total_bytes,
+        "cache_bytes": engine.arena.layout.total_bytes,
         **timing.entry(),
     }
 
@@ -125,11 +136,9 @@ def place_context(engine: Engine, context: int, num_steps: int) -> None:
     """Queue a request all of whose prompt but the last token counts as computed."""
     params = SamplingParams(max_tokens=num_steps, temperature=0.0, ignore_eos=True)
     prompt = torch.randint(engine.model.vocab_size, (context,)).tolist()
-    engine.add_request(EngineRequest("decode", prompt[:1], params))
+    engine.add_request(EngineRequest("decode", prompt, params))
     scheduler = engine.scheduler
     (sequence,) = scheduler.waiting
-    sequence.token_ids[:] = prompt
-    sequence.num_prompt_tokens = context
     # Blocks are given and windows move as in prefill, without a forward pass.
     while sequence.num_pending_tokens > 1:
         scheduler.max_num_batched_tokens = min(FILL_CHUNK_TOKENS, sequence.num_pending_tokens - 1)

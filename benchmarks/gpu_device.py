@@ -8,7 +8,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -85,6 +85,11 @@ class Device:
         took_ms = 1e3 * (time.perf_counter() - start)
         return Timing(took_ms, took_ms, took_ms, 1)
 
+    def run_beside(self, copies: Sequence[Work]) -> None:
+        """Let pieces of work run at once, and wait for all."""
+        for work in copies:
+            work()
+
     def reset_peak(self) -> None:
         """Begin to watch memory anew."""
 
@@ -146,6 +151,14 @@ class CudaDevice(Device):
         repeats = max(least, min(most, int(for_s / max(first, 1e-6))))
         times = [1e3 * each for each in self._run(work, repeats)]
         return Timing(statistics.median(times), min(times), max(times), repeats)
+
+    def run_beside(self, copies: Sequence[Work]) -> None:
+        streams = [torch.cuda.Stream() for _ in copies]
+        for stream, work in zip(streams, copies, strict=True):
+            with torch.cuda.stream(stream):
+                work()
+        for stream in streams:
+            stream.synchronize()
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats()

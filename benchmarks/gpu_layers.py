@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from gpu_paged import DUO_ATTENTION, Chunk, HeadShape, build_paged, even_labels
+from gpu_paged import DUO_ATTENTION, Chunk, HeadShape, Pages, build_paged, even_labels
 
 from headlong.cache.policy import HeadPolicy
-from headlong.kernels.backend import make_backend
-from headlong.kernels.layout import PageLayout
+from headlong.kernels.backend import SelectionSettings, make_backend
+
+if TYPE_CHECKING:
+    from headlong.kernels.triton_plan import TritonPlan
 
 K = 1024
 
@@ -73,9 +76,13 @@ class PagedLayers:
         heads: Of each layer.
         chunks: The batch.
         count: Layers.
-        block_size: Tokens of a page.
+        pages: What the pages are.
         retrieval: Share of retrieval heads.
         device: Where they are.
+        selection: How pages are chosen; None if no batch asks for it.
+
+    Attributes:
+        backend: Appends and attends.
     """
 
     def __init__(
@@ -85,20 +92,22 @@ class PagedLayers:
         chunks: list[Chunk],
         *,
         count: int,
-        block_size: int,
+        pages: Pages,
         retrieval: float,
         device: torch.device,
+        selection: SelectionSettings | None = None,
     ) -> None:
         self.heads = heads
         self.count = count
         self.paged = build_paged(
             even_labels(count, heads.num_kv_heads, retrieval),
             kind.streaming,
-            PageLayout(block_size, heads.head_dim, kind.dtype),
+            pages,
             chunks,
             device,
         )
         self.paged.fill()
+        self._selection = selection
         num_tokens = sum(chunk.new for chunk in chunks)
         self.query = torch.randn(
             heads.num_q_heads, num_tokens, heads.head_dim, dtype=kind.dtype, device=device
@@ -108,14 +117,20 @@ class PagedLayers:
     def plan_anew(self) -> None:
         """Take the kernels' constants as they now are."""
         arena, layout = self.paged.arena, self.paged.layout
-        self._backend = make_backend("triton", arena, layout, self.heads.num_q_heads)
-        self._plan = self._backend.plan(self.paged.batch)
+        self.backend = make_backend(
+            "triton", arena, layout, self.heads.num_q_heads, self._selection
+        )
+        self._plan = self.backend.plan(self.paged.batch)
 
     def run(self) -> torch.Tensor:
         """Attend in every layer; what the last one gives."""
+        return self.attend(self._plan)
+
+    def attend(self, plan: "TritonPlan") -> torch.Tensor:
+        """Attend in every layer by another plan; what the last one gives."""
         sm_scale = self.heads.head_dim**-0.5
         outs = [
-            self._backend.attend(layer, self.query, self._plan, sm_scale=sm_scale)
+            self.backend.attend(layer, self.query, plan, sm_scale=sm_scale)
             for layer in range(self.count)
         ]
         return outs[-1]
@@ -140,7 +155,7 @@ def decode_layers(
         shape.heads,
         [Chunk(shape.context - 1, 1)] * shape.batch,
         count=shape.num_layers(kind, retrieval),
-        block_size=block_size,
+        pages=Pages(block_size, shape.heads.head_dim, kind.dtype),
         retrieval=retrieval,
         device=device,
     )
@@ -155,7 +170,7 @@ def prefill_layer(
         shape.heads,
         [Chunk(shape.context - shape.chunk, shape.chunk)],
         count=1,
-        block_size=block_size,
+        pages=Pages(block_size, shape.heads.head_dim, kind.dtype),
         retrieval=retrieval,
         device=device,
     )

@@ -15,7 +15,12 @@ from headlong.cache.policy import HeadPolicy
 from headlong.profiling.head_profile import HeadProfile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine import Engine
-from headlong.server.engine.engine_config import AttentionBackendName, DType, EngineConfig
+from headlong.server.engine.engine_config import (
+    AttentionBackendName,
+    DType,
+    EngineConfig,
+    Quantization,
+)
 from headlong.server.engine.model import LoadedModel, load_model
 
 MAX_CONTEXT = (1 << 20) + (1 << 16)
@@ -139,13 +144,21 @@ class Model:
     loaded: LoadedModel
     config: EngineConfig
 
-    def engine(self, retrieval: float, context: int, *, eager: bool) -> Engine:
-        """An engine whose cache holds one sequence of `context` tokens and no more."""
+    def engine(self, retrieval: float, context: int, *, eager: bool, **settings: object) -> Engine:
+        """An engine whose cache holds one sequence of `context` tokens and no more.
+
+        Args:
+            retrieval: Share of retrieval heads.
+            context: Tokens.
+            eager: Whether it goes without CUDA graphs.
+            settings: Others of `EngineConfig`.
+        """
         config = replace(
             self.config,
             enforce_eager=eager,
             max_model_len=context,
             max_num_batched_tokens=min(self.kind.max_num_batched_tokens, context - 1),
+            **settings,  # type: ignore[arg-type]
         )
         with tempfile.TemporaryDirectory() as folder:
             profile = Path(folder) / "profile.json"
@@ -177,19 +190,27 @@ class Models:
         self._device = device
         self._model: Model | None = None
 
-    def has(self, shape: ModelShape) -> bool:
+    def has(self, shape: ModelShape, quantization: Quantization | None = None) -> bool:
         """Whether it is there already."""
-        return self._model is not None and self._model.shape is shape
+        model = self._model
+        return (
+            model is not None and model.shape is shape and model.config.quantization == quantization
+        )
 
-    def take(self, shape: ModelShape) -> Model:
-        """The model, which takes the last one's place."""
-        if self._model is None or self._model.shape is not shape:
+    def take(self, shape: ModelShape, quantization: Quantization | None = None) -> Model:
+        """The model, which takes the last one's place.
+
+        Args:
+            shape: Its shape.
+            quantization: Of its weights; see `EngineConfig`.
+        """
+        if self._model is None or not self.has(shape, quantization):
             self._model = None
             self._device.release()
-            self._model = self._load(shape)
+            self._model = self._load(shape, quantization)
         return self._model
 
-    def _load(self, shape: ModelShape) -> Model:
+    def _load(self, shape: ModelShape, quantization: Quantization | None) -> Model:
         # The folder is read once: engines are made of what was loaded.
         with tempfile.TemporaryDirectory() as folder:
             write_shape(shape, Path(folder))
@@ -199,8 +220,11 @@ class Models:
                 device=self._device.torch_device.type,
                 dtype=self._kind.dtype,
                 attention_backend=self._kind.backend,
-                # The cache takes what its one sequence needs, and no more.
+                quantization=quantization,
+                # The cache takes what its one sequence needs, and no more: slabs would make room
+                # for one that keeps everything for every head.
                 kv_cache_memory_bytes=1 << 60,
+                arena_balance="fixed",
                 max_num_seqs=1,
                 seed=SEED,
             )

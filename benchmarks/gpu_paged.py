@@ -5,13 +5,21 @@ from dataclasses import dataclass
 
 import gpu_checkout  # noqa: F401
 import torch
+from gpu_fill import fill_pages, fill_written
 
-from headlong.cache.groups import build_head_groups
+from headlong.cache.groups import RETRIEVAL_HEADS, STREAMING, build_head_groups
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.batch import AttentionBatch
-from headlong.kernels.layout import ArenaLayout, PageLayout, build_arena_layout
+from headlong.kernels.layout import (
+    QUANTISATIONS,
+    SPAN_BLOCKS,
+    ArenaLayout,
+    PageLayout,
+    build_arena_layout,
+)
+from headlong.kernels.reference_selection import num_spans_looked_at
 from headlong.server.engine.batch import build_attention_batch
 
 Labels = tuple[tuple[bool, ...], ...]
@@ -49,6 +57,44 @@ class Chunk:
     new: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What the pages of a cache are, whatever its heads.
+
+    Attributes:
+        block_size: Tokens of a page.
+        head_dim: Elements of K, and of V, of one token.
+        dtype: Of K and V as layers make them.
+        formats: Kinds of heads, and the format that theirs are stored in.
+        summarised: Whether pages of retrieval heads know bounds.
+        compensated: Whether pages of streaming heads know sums.
+    """
+
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+    formats: tuple[tuple[str, str], ...] = ()
+    summarised: bool = False
+    compensated: bool = False
+
+    def page(self, kind: str) -> PageLayout:
+        """Of one kind of heads."""
+        form = dict(self.formats).get(kind)
+        return PageLayout(
+            self.block_size,
+            self.head_dim,
+            self.dtype,
+            None if form is None else QUANTISATIONS[form],
+            summarised=self.summarised and kind == RETRIEVAL_HEADS,
+            compensated=self.compensated and kind == STREAMING,
+        )
+
+
+def all_heads(form: str | None) -> tuple[tuple[str, str], ...]:
+    """The same format for every kind of head; None leaves K and V as they are."""
+    return () if form is None else ((RETRIEVAL_HEADS, form), (STREAMING, form))
+
+
 @dataclass
 class Paged:
     """An arena and a batch over it.
@@ -71,8 +117,7 @@ class Paged:
 
     def fill(self) -> None:
         """Random K and V everywhere."""
-        for group in range(self.layout.num_groups):
-            self.layout.view_group(self.arena, group).normal_()
+        fill_pages(self.layout, self.arena)
 
     def fill_cached(self, generator: torch.Generator) -> None:
         """Random K and V of the cached tokens, and NaN wherever nothing was ever written.
@@ -81,28 +126,55 @@ class Paged:
             generator: On the arena's device.
         """
         for group in range(self.layout.num_groups):
-            pages = self.layout.view_group(self.arena, group)
-            pages.fill_(torch.nan)
-            block_size = pages.shape[3]
-            for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
-                table = sequence.tables[group]
-                for entry, block in enumerate(table.blocks):
-                    gone = table.window_start - table.num_sink_blocks
-                    logical = entry if entry < table.num_sink_blocks else entry + gone
-                    count = min(block_size, chunk.cached - logical * block_size)
-                    if count > 0:
-                        pages[block, :, :, :count].normal_(generator=generator)
+            held = [
+                (block, chunk.cached - logical * self.layout.pages[group].block_size)
+                for sequence, chunk in zip(self.sequences, self.chunks, strict=True)
+                for logical, block in _owned(sequence, group)
+            ]
+            fill_written(self.layout, self.arena, group, held, generator)
 
-    def read_bytes(self, layer: int) -> int:
-        """Bytes of K and V that decoding one token of each sequence must read in a layer."""
+    def read_bytes(self, layer: int, budget: int | None = None) -> int:
+        """Bytes that decoding one token of each sequence must read in a layer.
+
+        Args:
+            layer: Which.
+            budget: Most tokens that a retrieval head reads; what choosing reads is counted apart.
+        """
         total = 0
         for heads in self.layout.layers[layer]:
             tables, page = self.batch.groups[heads.group], self.layout.pages[heads.group]
             bounds = (tables.sink_sizes.long() + tables.window_sizes).minimum(
                 self.batch.context_lens.long()
             )
-            token_bytes = page.page_bytes // page.block_size
-            total += int(bounds.sum()) * len(heads.kv_heads) * token_bytes
+            if budget is not None and page.summarised:
+                bounds = bounds.clamp(max=budget)
+            total += int(bounds.sum()) * len(heads.kv_heads) * page.entry_bytes
+            if page.compensated:
+                total += len(bounds) * len(heads.kv_heads) * 2 * 4 * page.head_dim
+        return total
+
+    def choice_bytes(self, layer: int, budget: int) -> int:
+        """Bytes of bounds that a choice of pages reads in a layer, for one token of each sequence.
+
+        Args:
+            layer: Which.
+            budget: Most tokens that a retrieval head reads.
+        """
+        total = 0
+        for heads in self.layout.layers[layer]:
+            page = self.layout.pages[heads.group]
+            if not page.summarised:
+                continue
+            both = 2 * page.head_dim * page.dtype.itemsize
+            looked_at = num_spans_looked_at(budget // page.block_size)
+            for context in self.batch.context_lens.tolist():
+                num_pages = -(-context // page.block_size)
+                num_spans = -(-num_pages // SPAN_BLOCKS)
+                if num_pages <= budget // page.block_size:
+                    continue
+                of_spans = num_spans if num_spans > looked_at else 0
+                pages = min(num_pages, looked_at * SPAN_BLOCKS)
+                total += (of_spans + pages) * both * len(heads.kv_heads)
         return total
 
     def attention_flops(self, layer: int, group_size: int) -> int:
@@ -133,7 +205,7 @@ def even_labels(num_layers: int, num_kv_heads: int, retrieval: float) -> Labels:
 def build_paged(
     labels: Labels,
     streaming: HeadPolicy,
-    page: PageLayout,
+    pages: Pages,
     chunks: Sequence[Chunk],
     device: torch.device,
     native_windows: Sequence[int | None] | None = None,
@@ -143,7 +215,7 @@ def build_paged(
     Args:
         labels: Which heads keep everything.
         streaming: What the others keep.
-        page: Layout of a page.
+        pages: What its pages are.
         chunks: The batch.
         device: Where the arena goes.
         native_windows: [num_layers], a layer's own sliding window in tokens, or None.
@@ -151,9 +223,9 @@ def build_paged(
     groups = build_head_groups(labels, streaming, native_windows or (None,) * len(labels))
     layout = build_arena_layout(
         members=tuple(group.members for group in groups),
-        pages=(page,) * len(groups),
+        pages=tuple(pages.page(group.kind) for group in groups),
         num_blocks=tuple(
-            sum(_most_blocks(group.policy, chunk, page.block_size) for chunk in chunks)
+            sum(_most_blocks(group.policy, chunk, pages.block_size) for chunk in chunks)
             for group in groups
         ),
     )
@@ -178,6 +250,13 @@ def _steps(chunk: Chunk) -> list[tuple[int, int]]:
     starts = range(0, chunk.cached, HISTORY_CHUNK_TOKENS)
     history = [(start, min(HISTORY_CHUNK_TOKENS, chunk.cached - start)) for start in starts]
     return [*history, (chunk.cached, chunk.new)]
+
+
+def _owned(sequence: SequenceCache, group: int) -> list[tuple[int, int]]:
+    """Logical index and block of all that a sequence still owns in a group."""
+    table = sequence.tables[group]
+    found = [(logical, table.find(logical)) for logical in range(table.num_logical_blocks)]
+    return [(logical, block) for logical, block in found if block is not None]
 
 
 def _most_blocks(policy: HeadPolicy, chunk: Chunk, block_size: int) -> int:

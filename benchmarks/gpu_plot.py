@@ -1,10 +1,11 @@
-"""The plot: attention beside its ceilings, and the engine over the context."""
+"""The plot: attention beside its ceilings, the engine over the context, and what stretches it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from gpu_figures import Parts, ceiling, entries, peers
+from gpu_figures_context import PART as CONTEXT
 from gpu_layers import short
 from gpu_session import Results
 
@@ -26,12 +27,14 @@ GIB = 1 << 30
 
 def draw(results: Results, path: Path) -> None:
     """Draw what there is."""
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9), constrained_layout=True)
+    figure, axes = plt.subplots(3, 2, figsize=(13, 13), constrained_layout=True)
     parts = results.parts
     _kernel_bars(axes[0][0], parts, "decode")
     _kernel_bars(axes[0][1], parts, "prefill")
     _engine_lines(axes[1][0], parts, "median_ms", 1.0, "ms a token, CUDA graphs")
     _engine_lines(axes[1][1], parts, "peak_bytes", GIB, "peak memory, GiB")
+    _context_bars(axes[2][0], parts, "attend", "one layer's attention, us", 1e3)
+    _context_bars(axes[2][1], parts, "engine", "engine, ms a token", 1.0)
     figure.suptitle(f"Headlong on {results.machine['name']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -87,3 +90,29 @@ def _engine_lines(axes: "Axes", parts: Parts, field: str, unit: float, title: st
         axes.legend(fontsize=7)
     axes.set_title(f"engine, decode of one sequence: {title}")
     axes.set_xlabel("context, tokens")
+
+
+def _context_bars(axes: "Axes", parts: Parts, kind: str, title: str, scale: float) -> None:
+    """Times of one sequence by format and budget, a bar each context."""
+    rows: dict[str, dict[str, float]] = {}
+    for entry in entries(parts, CONTEXT, kind=kind):
+        if kind == "attend":
+            if entry["batch"] > 1 or entry["retrieval"] < 1.0:
+                continue
+            label = entry["form"] or "plain"
+            if entry["budget"]:
+                label += f", budget {entry['budget']}, reuse {entry['reuse']}"
+            label += f", block {entry['block_size']}"
+        else:
+            label = entry["label"]
+        rows.setdefault(label, {})[short(entry["context"])] = scale * entry["median_ms"]
+    for index, context in enumerate(sorted({each for row in rows.values() for each in row})):
+        places = [at + 0.4 * index for at, row in enumerate(rows.values()) if context in row]
+        times = [row[context] for row in rows.values() if context in row]
+        axes.barh(places, times, 0.4, label=context)
+    axes.set_yticks([at + 0.2 for at in range(len(rows))], list(rows), fontsize=7)
+    axes.invert_yaxis()
+    if rows:
+        axes.set_xscale("log")
+        axes.legend(fontsize=7)
+    axes.set_title(f"more context: {title}")

@@ -1,13 +1,15 @@
 """Tables for the terminal, a plot, and the line of JSON that sums up."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from gpu_figures import Parts, ceiling, entries, of_ideal, peers, speed_up, targets
+from gpu_figures import Parts, Target, ceiling, entries, of_ideal, peers, speed_up, targets
+from gpu_figures_context import context_targets
 from gpu_layers import short
+from gpu_report_context import append_rows, attention_rows, engine_rows, tier_rows
+from gpu_rows import GIB, Row, aligned, number, over_best, percent, times
 from gpu_session import WHOLE_PART, Entry, Results, code_digest
 
-GIB = 1 << 30
 WRONG = ("failed", "error")
 
 
@@ -18,7 +20,7 @@ def lines(results: Results) -> list[str]:
     for title, table in TABLES:
         rows = table(parts)
         if rows:
-            found += ["", title, *_aligned(rows)]
+            found += ["", title, *aligned(rows)]
     return [*found, *_notes(parts)]
 
 
@@ -26,26 +28,26 @@ def summary(results: Results) -> dict[str, object]:
     """Key figures."""
     parts = results.parts
     checked = parts.get("kernels-check", {}).values()
+    moved = parts.get("context", {}).values()
     broken = [name for name, found in parts.items() if WHOLE_PART in found]
     return {
         "benchmark": "gpu",
         "machine": results.machine,
         "kernels_checked": sum(entry["status"] == "ok" for entry in checked),
         "kernels_not_checked": sum(entry["status"] not in ("ok", *WRONG) for entry in checked),
-        "wrong": broken + [entry["why"] for entry in checked if entry["status"] in WRONG],
+        "wrong": broken
+        + [entry["why"] for entry in checked if entry["status"] in WRONG]
+        + [entry["why"] for entry in moved if entry["status"] == "failed"],
         "copy_bytes_per_s": ceiling(parts, "copy"),
         "read_bytes_per_s": ceiling(parts, "read"),
         "matmul_flops_per_s": ceiling(parts, "matmul"),
         "targets": {
             each.name: {"wanted": each.wanted, "measured": round(each.measured, 3)}
-            for each in targets(parts)
+            for each in _all_targets(parts)
             if each.measured is not None
         },
         "results": str(results.path),
     }
-
-
-Row = Sequence[str]
 
 
 def _check_rows(parts: Parts) -> list[Row]:
@@ -86,9 +88,9 @@ def _decode_kernel_rows(parts: Parts) -> list[Row]:
                 f"{share:.0%}",
                 f"{1e3 * entry['median_ms']:.1f}",
                 f"{rate / 1e12:.2f}",
-                _share(rate, ceiling(parts, "copy")),
-                _share(rate, ceiling(parts, "read")),
-                "" if share == 1.0 else _percent(of_ideal(parts, entry)),
+                over_best(rate, ceiling(parts, "copy")),
+                over_best(rate, ceiling(parts, "read")),
+                "" if share == 1.0 else percent(of_ideal(parts, entry)),
                 *_peer_columns(entry, best, 1e3),
             )
         )
@@ -111,8 +113,8 @@ def _prefill_kernel_rows(parts: Parts) -> list[Row]:
                 f"{share:.0%}",
                 f"{entry['median_ms']:.2f}",
                 f"{rate / 1e12:.0f}",
-                _share(rate, ceiling(parts, "matmul")),
-                _times(speed_up(parts, "kernels", entry, "median_ms")),
+                over_best(rate, ceiling(parts, "matmul")),
+                times(speed_up(parts, "kernels", entry, "median_ms")),
                 *_peer_columns(entry, best, 1.0),
             )
         )
@@ -140,7 +142,7 @@ def _engine_decode_rows(parts: Parts) -> list[Row]:
                 short(entry["context"]),
                 f"{entry['retrieval']:.0%}",
                 f"{entry['median_ms']:.2f}" + ("" if entry["cuda_graphs"] else " (no graphs)"),
-                _times(speed_up(parts, "decode", entry, "median_ms")),
+                times(speed_up(parts, "decode", entry, "median_ms")),
                 "" if eager is None else f"{eager['median_ms']:.2f}",
                 f"{entry['peak_bytes'] / GIB:.1f}",
                 f"{entry['cache_bytes'] / GIB:.1f}",
@@ -158,7 +160,7 @@ def _engine_prefill_rows(parts: Parts) -> list[Row]:
             f"{entry['retrieval']:.0%}",
             f"{entry['total_s']:.2f}",
             f"{entry['tokens_per_s']:.0f}",
-            _times(speed_up(parts, "prefill", entry, "total_s")),
+            times(speed_up(parts, "prefill", entry, "total_s")),
             f"{entry['peak_bytes'] / GIB:.1f}",
         )
         for entry in entries(parts, "prefill")
@@ -179,10 +181,14 @@ def _tuning_rows(parts: Parts) -> list[Row]:
     return rows
 
 
+def _all_targets(parts: Parts) -> list[Target]:
+    return targets(parts) + context_targets(parts)
+
+
 def _target_rows(parts: Parts) -> list[Row]:
     rows = [
-        (each.name, f"{each.wanted:.2f}", _number(each.measured), each.verdict)
-        for each in targets(parts)
+        (each.name, f"{each.wanted:.2f}", number(each.measured), each.verdict)
+        for each in _all_targets(parts)
         if each.measured is not None
     ]
     return [("figure", "wanted", "measured", ""), *rows] if rows else []
@@ -195,6 +201,10 @@ TABLES: tuple[tuple[str, Callable[[Parts], list[Row]]], ...] = (
     ("ceilings", _ceiling_rows),
     ("decode attention of one layer", _decode_kernel_rows),
     ("prefill attention of one layer", _prefill_kernel_rows),
+    ("more context: decode attention of one layer", attention_rows),
+    ("more context: append of one layer", append_rows),
+    ("more context: blocks to the host and back", tier_rows),
+    ("more context: engine, decode of one sequence", engine_rows),
     ("engine, decode of one sequence", _engine_decode_rows),
     ("engine, prefill of one prompt", _engine_prefill_rows),
     ("targets", _target_rows),
@@ -225,28 +235,3 @@ def _peer_columns(entry: Entry, best: Entry | None, scale: float) -> Row:
         return ("", "", "")
     ratio = best["median_ms"] / entry["median_ms"]
     return best["peer"], f"{scale * best['median_ms']:.1f}", f"{ratio:.2f}"
-
-
-def _share(rate: float, best: float | None) -> str:
-    return _percent(None if best is None else rate / best)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _aligned(rows: list[Row]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from headlong.cache.kv_cache import BlockCopy
+from headlong.cache.block_copy import BlockCopy
 from headlong.kernels.layout import ArenaLayout
 
 

@@ -1,7 +1,7 @@
 """One sequence's blocks in one head group."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from headlong.cache.policy import HeadPolicy
 
@@ -35,6 +35,12 @@ class BlockTable:
         """Blocks of the sequence so far, those given back included."""
         return len(self.blocks) + self.window_start - self.num_sink_blocks
 
+    def num_blocks_after(self, first: int) -> int:
+        """Blocks without those of the first logical ones that are never given back."""
+        return len(self.blocks) - (
+            first if self.policy.keeps_all else min(first, self.num_sink_blocks)
+        )
+
     @property
     def window_blocks(self) -> "array[int]":
         """The blocks that will be given back as the window moves; none if all are kept."""
@@ -60,6 +66,12 @@ class BlockTable:
             if logical < self.num_sink_blocks:
                 return None
         return self.blocks[logical] if logical < len(self.blocks) else None
+
+    def relocate(self, places: Mapping[int, int]) -> None:
+        """Take over where blocks lie now, by where they lay before."""
+        for index, block in enumerate(self.blocks):
+            if block in places:
+                self.blocks[index] = places[block]
 
     def take_expired(self, num_tokens: int) -> list[int]:
         """Remove and return the blocks that no query from position `num_tokens` on can reach."""

@@ -1,28 +1,41 @@
 """How many blocks each group gets, and what that holds. The one place that sizes an arena.
 
-A group with a window needs a constant number of blocks a sequence, and during a step also blocks
-for the step's new tokens; it is given enough for every sequence that may run. The streaming group
-also gets what is set aside for requests that keep more of it. All the rest goes to the groups that
-grow with the context. Where that would leave them less than half of the memory, the windows are
-sized for as many sequences as fit into the other half.
+Groups that share the arena need no shares: it is cut into slabs, and what fits is a matter of how
+many slabs the blocks of all groups fill. It gets all memory that sequences could have a use for,
+those that widen the streaming group included.
+
+Otherwise each group has its share from the start. A group with a window needs a constant number of
+blocks a sequence, and during a step also blocks for the step's new tokens; it is given enough for
+every sequence that may run. The streaming group also gets what is set aside for requests that keep
+more of it. All the rest goes to the groups that grow with the context. Where that would leave them
+less than half of the memory, the windows are sized for as many sequences as fit into the other
+half.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
+from operator import mul
 
 import torch
 
-from headlong.cache.groups import RETRIEVAL_HEADS, STREAMING, HeadGroup
+from headlong.cache.groups import RETRIEVAL_HEADS, SLIDING, STREAMING, HeadGroup
 from headlong.cache.policy import RETRIEVAL
+from headlong.cache.slab_size import choose_slab_bytes
+from headlong.cache.slabs import slabs_needed
 from headlong.kernels.batch import UNBOUNDED
 from headlong.kernels.layout import (
     GROUP_ALIGNMENT_BYTES,
     ArenaLayout,
     PageLayout,
     Quantisation,
+    blocks_in_slab,
     build_arena_layout,
+    build_slab_layout,
 )
+
+MAX_SLOTS = 1 << 31
+"""Kernels number the tokens that a group has room for in 32 bits."""
 
 
 class CapacityError(ValueError):
@@ -45,6 +58,7 @@ class CacheShape:
         formats: Quantisation of the pages of each kind of head; kinds left out have none.
         summarised: Whether pages of retrieval heads know the bounds of their keys.
         compensated: Whether pages of streaming heads know the sums of what they drop.
+        in_slabs: Whether the groups share the arena, if there are several and it is large enough.
     """
 
     groups: tuple[HeadGroup, ...]
@@ -54,9 +68,10 @@ class CacheShape:
     max_num_seqs: int
     max_num_batched_tokens: int
     wide_tokens: int = 0
-    formats: Mapping[str, Quantisation] = MappingProxyType({})
+    formats: Mapping[str, Quantisation] = field(default_factory=dict)
     summarised: bool = False
     compensated: bool = False
+    in_slabs: bool = False
 
     def page(self, group: HeadGroup) -> PageLayout:
         """Layout of a group's pages."""
@@ -193,15 +208,20 @@ class MemoryPlan:
 
     Attributes:
         shape: What was asked.
-        num_blocks: Blocks of each group.
-        arena_bytes: All pages.
+        num_blocks: Most blocks that each group can have; where groups share the arena, one group
+            can if the others have none.
+        arena_bytes: The whole arena.
         max_sequence_tokens: Longest sequence that fits alone.
+        num_slabs: Slabs that the groups share; 0 if each has its own blocks.
+        slab_bytes: Bytes of one.
     """
 
     shape: CacheShape
     num_blocks: tuple[int, ...]
     arena_bytes: int
     max_sequence_tokens: int
+    num_slabs: int = 0
+    slab_bytes: int = 0
 
     @property
     def full_cache_tokens(self) -> int:
@@ -210,7 +230,13 @@ class MemoryPlan:
 
     @property
     def cache_tokens(self) -> int | None:
-        """Tokens in all that the growing groups hold; None if no group grows."""
+        """Tokens in all that the growing groups hold; None if no group grows.
+
+        Where groups share the arena, those of sequences of the greatest length, and of a shorter
+        one in what these leave.
+        """
+        if self.num_slabs:
+            return self._tokens_in_slabs()
         growing = [
             blocks * self.shape.block_size
             for blocks, group in zip(self.num_blocks, self.shape.groups, strict=True)
@@ -223,10 +249,43 @@ class MemoryPlan:
 
         It is what admission asks: every one at its full length, in a step of one token.
         """
-        return all(
-            num_seqs * group.policy.step_blocks(num_tokens, self.shape.block_size) <= blocks
-            for group, blocks in zip(self.shape.groups, self.num_blocks, strict=True)
+        return self._hold(self._step_blocks(num_tokens, num_seqs))
+
+    def _step_blocks(self, num_tokens: int, num_seqs: int = 1) -> list[int]:
+        """Blocks of each group of so many sequences, in a step of a token of each."""
+        return [
+            num_seqs * group.policy.step_blocks(num_tokens, self.shape.block_size)
+            for group in self.shape.groups
+        ]
+
+    def _hold(self, owned: Sequence[int]) -> bool:
+        if self.num_slabs:
+            wide = -(-self.shape.wide_tokens // self.shape.block_size)
+            owned = [
+                count + (wide if group.name == STREAMING else 0)
+                for count, group in zip(owned, self.shape.groups, strict=True)
+            ]
+            sizes = [most // self.num_slabs for most in self.num_blocks]
+            return slabs_needed(owned, sizes) <= self.num_slabs
+        return all(count <= most for count, most in zip(owned, self.num_blocks, strict=True))
+
+    def _tokens_in_slabs(self) -> int | None:
+        if not self.shape.growing_token_bytes:
+            return None
+        length, most = self.max_sequence_tokens, self.shape.max_num_seqs
+        # One does; of more, the first number that is too many, less one.
+        full = 1 + bisect_left(
+            range(2, most + 1), True, key=lambda count: not self.holds(count, length)
         )
+        if full == most:
+            return full * length
+        held = self._step_blocks(length, full)
+
+        def lacks(num_tokens: int) -> bool:
+            rest = self._step_blocks(num_tokens)
+            return not self._hold([own + more for own, more in zip(held, rest, strict=True)])
+
+        return full * length + bisect_left(range(1, length), True, key=lacks)
 
     def sequence_bytes(self, num_tokens: int) -> int:
         """Bytes of one sequence of `num_tokens` tokens between steps."""
@@ -254,7 +313,69 @@ def plan_memory(
     Raises:
         CapacityError: Not even one sequence fits.
     """
-    return lay_out(shape, plan_blocks(shape, budget_bytes, max_model_len), max_model_len)
+    shared = plan_slabs(shape, budget_bytes, max_model_len) if shape.in_slabs else None
+    try:
+        fixed = lay_out(shape, plan_blocks(shape, budget_bytes, max_model_len), max_model_len)
+    except CapacityError:
+        if shared is None:
+            raise
+        return shared
+    # A few slabs leave too much at their ends.
+    if shared is None or shared[0].max_sequence_tokens < fixed[0].max_sequence_tokens:
+        return fixed
+    return shared
+
+
+def plan_slabs(
+    shape: CacheShape, budget_bytes: int, max_model_len: int
+) -> tuple[MemoryPlan, ArenaLayout] | None:
+    """Let the groups share an arena.
+
+    Args:
+        shape: The cache's shape.
+        budget_bytes: Most bytes of the arena.
+        max_model_len: Longest sequence in tokens; there are no more slabs than all sequences of
+            this length could use, if they kept everything for streaming heads.
+
+    Returns:
+        The plan and the arena's map; None if there is one group, or slabs hold no sequence.
+    """
+    longest = -(-max_model_len // shape.block_size)
+    useful = [
+        _window_blocks(shape, group, shape.max_num_seqs, max_model_len)
+        if group.kind == SLIDING
+        else shape.max_num_seqs * longest
+        for group in shape.groups
+    ]
+    block_bytes = [shape.block_bytes(group) for group in shape.groups]
+    useful_bytes = sum(map(mul, useful, block_bytes))
+    slab_bytes = choose_slab_bytes(block_bytes, min(budget_bytes, useful_bytes))
+    if len(shape.groups) == 1 or slab_bytes is None:
+        return None
+    sizes = [blocks_in_slab(slab_bytes, each) for each in block_bytes]
+    num_slabs = min(budget_bytes // slab_bytes, slabs_needed(useful, sizes))
+    layout = build_slab_layout(
+        members=tuple(group.members for group in shape.groups),
+        pages=tuple(map(shape.page, shape.groups)),
+        slab_bytes=slab_bytes,
+        num_slabs=num_slabs,
+    )
+    plan = MemoryPlan(
+        shape=shape,
+        num_blocks=tuple(size * num_slabs for size in sizes),
+        arena_bytes=layout.total_bytes,
+        max_sequence_tokens=max_model_len,
+        num_slabs=num_slabs,
+        slab_bytes=slab_bytes,
+    )
+    # The first length that does not fit, less one.
+    longest_held = bisect_left(
+        range(1, max_model_len + 1), True, key=lambda length: not plan.holds(1, length)
+    )
+    too_many_slots = max(layout.num_blocks) * shape.block_size >= MAX_SLOTS
+    if longest_held == 0 or too_many_slots:
+        return None
+    return replace(plan, max_sequence_tokens=longest_held), layout
 
 
 def lay_out(

@@ -11,6 +11,9 @@ RETRIEVAL_HEADS = "retrieval"
 STREAMING = "streaming"
 """Name of the group whose policy comes from the profile, so that a request may ask for another."""
 
+SLIDING = "sliding"
+"""Kind of the groups that keep a model's own windows, whatever a request asks for."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeadGroup:

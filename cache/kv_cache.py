@@ -10,31 +10,23 @@ fork                    a second sequence with the same tokens; full blocks are 
 free                    everything is given back; what can be found stays until it is evicted
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
-from headlong.cache.block_pool import BlockPool, OutOfBlocksError
+from headlong.cache.block_copy import BlockCopy
+from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.block_table import BlockTable
 from headlong.cache.groups import STREAMING, HeadGroup
 from headlong.cache.policy import HeadPolicy
+from headlong.cache.pools import Pools
 from headlong.cache.prefix_keys import PrefixKeys
-from headlong.cache.prefix_match import PrefixMatch, match_prefix
-from headlong.cache.reservation import Reservation, most_owned
-from headlong.cache.sequence_cache import SequenceCache
+from headlong.cache.prefix_match import Lookup, PrefixMatch, match_prefix
+from headlong.cache.reservation import Reservation
+from headlong.cache.room import Room
+from headlong.cache.salts import Salts
+from headlong.cache.sequence_cache import Places, SequenceCache
 from headlong.kernels.layout import ArenaLayout
-
-REMEMBERED_PREFIXES = 4096
-"""First blocks whose salt is remembered, to tell a miss that a salt explains."""
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """Contents that must be copied before the next step writes."""
-
-    group: int
-    source: int
-    target: int
 
 
 class KVCache:
@@ -45,9 +37,13 @@ class KVCache:
         layout: The arena's map for these groups.
         prefix_caching: Whether blocks can be found by other sequences.
         namespace: What determines K and V beside tokens and policies.
+        copy_blocks: Makes copies, in their order, before it returns. Where groups share the arena,
+            blocks may have to make way for those of another group.
+        wide_tokens: As that of `Room`.
 
     Raises:
-        ValueError: With prefix caching, groups differ in their block size.
+        ValueError: With prefix caching, groups differ in their block size; or groups share the
+            arena, and nothing makes copies.
     """
 
     def __init__(
@@ -57,6 +53,8 @@ class KVCache:
         *,
         prefix_caching: bool = True,
         namespace: bytes = b"",
+        copy_blocks: Callable[[Sequence[BlockCopy]], None] | None = None,
+        wide_tokens: int = 0,
     ) -> None:
         self.groups = tuple(groups)
         self.layout = layout
@@ -64,13 +62,20 @@ class KVCache:
         if prefix_caching and len(set(self._block_sizes)) > 1:
             raise ValueError(f"a prefix cache needs one block size, got {self._block_sizes}")
         self.block_size = self._block_sizes[0]
-        self.pools = tuple(BlockPool(num_blocks) for num_blocks in layout.num_blocks)
+        if layout.slab_bytes and copy_blocks is None:
+            raise ValueError("groups that share an arena need copy_blocks, got None")
+        self._pools = Pools(layout, self)
+        self.pools = self._pools.groups
+        self._copy_blocks = copy_blocks
+        self._room = Room(self.groups, self._block_sizes, self._pools, wide_tokens)
+        # What the caller of `fork` is to copy; None while copies are made at once.
+        self._deferred: list[BlockCopy] | None = None
         self._own_policies = tuple(group.policy for group in self.groups)
         self._prefix_caching = prefix_caching
         self._namespace = namespace
         self._live: set[SequenceCache] = set()
-        # The first block of a prefix without its salt, to the salt that was seen last.
-        self._salts: OrderedDict[bytes, str] = OrderedDict()
+        self._places = Places()
+        self._salts = Salts()
 
     def policies(self, streaming: HeadPolicy | None = None) -> tuple[HeadPolicy, ...]:
         """What a sequence keeps of each group.
@@ -84,9 +89,14 @@ class KVCache:
             streaming if group.name == STREAMING else group.policy for group in self.groups
         )
 
-    def keys(self, policies: tuple[HeadPolicy, ...], salt: str = "") -> PrefixKeys:
-        """Keys for a sequence without tokens yet."""
-        return PrefixKeys(self._namespace, policies, salt, self.block_size)
+    def keys(
+        self,
+        policies: tuple[HeadPolicy, ...],
+        salt: str = "",
+        dense_tokens: int | None = None,
+    ) -> PrefixKeys:
+        """Keys for a sequence without tokens yet; the arguments are those of `PrefixKeys`."""
+        return PrefixKeys(self._namespace, policies, salt, self.block_size, dense_tokens)
 
     def match(self, keys: PrefixKeys, num_tokens: int) -> PrefixMatch:
         """Which prefix a sequence could share.
@@ -102,17 +112,17 @@ class KVCache:
         Raises:
             ValueError: There are fewer keys than the length has full blocks.
         """
+        return self._match(keys, num_tokens, self.pools)
+
+    def _match(self, keys: PrefixKeys, num_tokens: int, places: Sequence[Lookup]) -> PrefixMatch:
         if not self._prefix_caching:
             return PrefixMatch(0, tuple(() for _ in self.groups))
-        last_salt = keys.salt
-        if keys.first_unsalted is not None:
-            last_salt = self._salts.get(keys.first_unsalted, keys.salt)
         return match_prefix(
             keys,
             num_tokens,
-            self.pools,
+            places,
             self.block_size,
-            salted_elsewhere=last_salt != keys.salt,
+            salted_elsewhere=self._salts.is_other(keys),
         )
 
     def begin(
@@ -133,12 +143,13 @@ class KVCache:
         policies = self._own_policies if policies is None else policies
         if match is not None:
             self._require_present(match, policies)
+        shared = None if match is None else self._share(match, policies)
         sequence = SequenceCache(
-            tuple(BlockTable(*each) for each in zip(policies, self._block_sizes, strict=True))
+            tuple(BlockTable(*each) for each in zip(policies, self._block_sizes, strict=True)),
+            self._places.take(),
         )
-        if match is not None and match.num_tokens:
-            for table, pool, blocks in zip(sequence.tables, self.pools, match.blocks, strict=True):
-                pool.share(blocks)
+        if match is not None and shared is not None and match.num_tokens:
+            for table, blocks in zip(sequence.tables, shared, strict=True):
                 table.start_with(blocks, match.num_tokens)
             sequence.num_tokens = match.num_tokens
             sequence.num_published = len(match.keys)
@@ -147,13 +158,25 @@ class KVCache:
         return sequence
 
     def _require_present(self, match: PrefixMatch, policies: tuple[HeadPolicy, ...]) -> None:
-        for policy, pool, blocks in zip(policies, self.pools, match.blocks, strict=True):
+        for group, (policy, blocks) in enumerate(zip(policies, match.blocks, strict=True)):
             reachable = policy.reachable_blocks(len(match.keys), self.block_size)
             if len(reachable) != len(blocks):
                 raise ValueError("the match was found for other policies")
             for index, block in zip(reachable, blocks, strict=True):
-                if not pool.holds(block, match.keys[index]):
+                if not self._holds(group, block, match.keys[index]):
                     raise ValueError(f"block {block} of the match is gone")
+
+    def _holds(self, group: int, block: int, key: bytes) -> bool:
+        """Whether a block of a match is still there."""
+        return self.pools[group].holds(block, key)
+
+    def _share(
+        self, match: PrefixMatch, policies: tuple[HeadPolicy, ...]
+    ) -> Sequence[Sequence[int]]:
+        """Become an owner of a match's blocks; all or none."""
+        for pool, blocks in zip(self.pools, match.blocks, strict=True):
+            pool.share(blocks)
+        return match.blocks
 
     def publish(self, sequence: SequenceCache, keys: PrefixKeys) -> None:
         """After a step: let others find the blocks that it filled.
@@ -177,11 +200,7 @@ class KVCache:
         sequence.keys = keys.blocks
         if num_full == sequence.num_published:
             return
-        if keys.first_unsalted is not None:
-            self._salts[keys.first_unsalted] = keys.salt
-            self._salts.move_to_end(keys.first_unsalted)
-            if len(self._salts) > REMEMBERED_PREFIXES:
-                self._salts.popitem(last=False)
+        self._salts.note(keys)
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             for logical in range(sequence.num_published, num_full):
                 block = table.find(logical)
@@ -192,10 +211,7 @@ class KVCache:
     def fits(self, num_tokens: int, policies: tuple[HeadPolicy, ...] | None = None) -> bool:
         """Whether a sequence of this length could run if it had the cache to itself."""
         policies = self._own_policies if policies is None else policies
-        return all(
-            policy.step_blocks(num_tokens, size) <= pool.num_blocks
-            for policy, pool, size in zip(policies, self.pools, self._block_sizes, strict=True)
-        )
+        return self._room.fits(num_tokens, policies)
 
     def has_room(self, wanted: Reservation, held: Iterable[Reservation]) -> bool:
         """Whether a new sequence fits beside others, however far all of them go.
@@ -207,19 +223,18 @@ class KVCache:
             wanted: The new one.
             held: Those that run.
         """
-        reservations = [wanted, *held]
-        return all(
-            most_owned(group, pool, size, reservations, self._live) <= pool.num_blocks
-            for group, (pool, size) in enumerate(zip(self.pools, self._block_sizes, strict=True))
-        )
+        return self._room.has_room([wanted, *held], self._live)
 
     def max_extension(self, sequence: SequenceCache, num_tokens: int) -> int:
         """How many of `num_tokens` more tokens fit into what the sequence has and what is free."""
-        room = num_tokens
-        for table, pool in zip(sequence.tables, self.pools, strict=True):
-            capacity = (table.num_logical_blocks + pool.num_free) * table.block_size
-            room = min(room, capacity - sequence.num_tokens)
-        return max(0, room)
+
+        def lacks(count: int) -> bool:
+            return not self._pools.have(sequence.missing_blocks(count))
+
+        # The first number that does not fit, less one.
+        return (
+            bisect_left(range(1, num_tokens), True, key=lacks) if lacks(num_tokens) else num_tokens
+        )
 
     def extend(self, sequence: SequenceCache, num_tokens: int) -> None:
         """Give the sequence blocks for `num_tokens` more tokens in every group.
@@ -229,16 +244,12 @@ class KVCache:
             ValueError: The sequence was freed before.
         """
         self._require_live(sequence)
-        total = sequence.num_tokens + num_tokens
-        missing = [table.missing_blocks(total) for table in sequence.tables]
-        for count, pool, group in zip(missing, self.pools, self.groups, strict=True):
-            if count > pool.num_free:
-                raise OutOfBlocksError(
-                    f"{count} {group.name} blocks asked for, {pool.num_free} free"
-                )
+        missing = sequence.missing_blocks(num_tokens)
+        if not self._pools.have(missing):
+            raise OutOfBlocksError(self._pools.explain(missing, self.groups))
         for count, table, pool in zip(missing, sequence.tables, self.pools, strict=True):
             table.add(pool.allocate(count))
-        sequence.num_tokens = total
+        sequence.num_tokens += num_tokens
 
     def release_expired(self, sequence: SequenceCache) -> None:
         """Give back what no later query of the sequence can see."""
@@ -263,11 +274,10 @@ class KVCache:
             len(table.blocks) > 0 and parent.num_tokens % table.block_size > 0
             for table in parent.tables
         ]
-        for needed, pool in zip(partial, self.pools, strict=True):
-            if needed > pool.num_free:
-                raise OutOfBlocksError("no free block for the copy of a partly filled one")
+        if not self._pools.have(partial):
+            raise OutOfBlocksError("no free block for the copy of a partly filled one")
         child = self.begin(parent.policies)
-        copies: list[BlockCopy] = []
+        self._deferred = copies = list[BlockCopy]()
         for group, (source, target) in enumerate(zip(parent.tables, child.tables, strict=True)):
             target.window_start = source.window_start
             shared = source.blocks[:-1] if partial[group] else source.blocks[:]
@@ -277,6 +287,7 @@ class KVCache:
                 (own,) = self.pools[group].allocate(1)
                 target.add([own])
                 copies.append(BlockCopy(group, source.blocks[-1], own))
+        self._deferred = None
         child.num_tokens = parent.num_tokens
         child.num_published = parent.num_published
         child.keys = parent.keys
@@ -290,6 +301,7 @@ class KVCache:
         """
         self._require_live(sequence)
         self._live.remove(sequence)
+        self._places.give_back(sequence.place)
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             reachable = table.policy.reachable_blocks(sequence.num_published, self.block_size)
             for index in reachable:
@@ -308,6 +320,20 @@ class KVCache:
         for pool in self.pools:
             pool.forget()
 
+    def settle_blocks(self) -> bool:
+        """As `BlockMover.settle_blocks`: here nothing is on its way."""
+        return False
+
+    def move_blocks(self, group: int, places: Mapping[int, int]) -> None:
+        """As `BlockMover.move_blocks`."""
+        for sequence in self._live:
+            sequence.tables[group].relocate(places)
+        copies = [BlockCopy(group, *each) for each in places.items()]
+        if self._deferred is not None:
+            self._deferred += copies
+        elif self._copy_blocks is not None:
+            self._copy_blocks(copies)
+
     def _require_live(self, sequence: SequenceCache) -> None:
         if sequence not in self._live:
             raise ValueError("the sequence was freed before")
@@ -321,6 +347,11 @@ class KVCache:
     def cached_blocks(self) -> tuple[int, ...]:
         """Blocks of each group that nobody owns and that can be found."""
         return tuple(pool.num_cached for pool in self.pools)
+
+    @property
+    def free_blocks(self) -> tuple[int, ...]:
+        """Blocks that each group could take if the others took none, its cached ones left out."""
+        return self._pools.free_blocks
 
     @property
     def owned_bytes(self) -> int:
@@ -342,13 +373,13 @@ class KVCache:
         """
         first = since // self.block_size
         return sum(
-            (
-                len(table.blocks)
-                - (first if table.policy.keeps_all else min(first, table.num_sink_blocks))
-            )
-            * self.layout.block_bytes(group)
+            table.num_blocks_after(first) * self.layout.block_bytes(group)
             for group, table in enumerate(sequence.tables)
         )
+
+    def _held_besides(self, group: int) -> Iterable[int]:
+        """Blocks of a group that are held by no sequence, once for each holder."""
+        return ()
 
     def check_integrity(self) -> None:
         """Prove that every block is free, cached, or owned by exactly the live tables that list it.
@@ -356,11 +387,15 @@ class KVCache:
         Raises:
             AssertionError: A block leaked, or a table lacks blocks for its tokens.
         """
-        for group, pool in enumerate(self.pools):
-            pool.check_integrity(_held(self._live, group))
+        self._pools.check_integrity(
+            chain(_held(self._live, group), self._held_besides(group))
+            for group in range(len(self.groups))
+        )
         for sequence in self._live:
             for table in sequence.tables:
                 assert table.missing_blocks(sequence.num_tokens) == 0
+        places = {sequence.place for sequence in self._live}
+        assert len(places) == len(self._live), "two sequences have one place"
 
 
 def _held(sequences: Iterable[SequenceCache], group: int) -> Iterable[int]:

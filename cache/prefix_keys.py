@@ -4,7 +4,10 @@
     key[i]  = SHA-256(key[i - 1], token ids of block i)
 
 K and V of a layer depend on all tokens before and on what the layers below saw of them, so the name
-covers the whole prefix and what every head group keeps.
+covers the whole prefix and what every head group keeps. Where tokens from some position on see less
+than a prompt's would, it covers that position too, from the first block on that has such a token:
+
+    key[i]  = SHA-256(SHA-256(key[i - 1], position), token ids of block i)
 """
 
 import hashlib
@@ -24,6 +27,8 @@ class PrefixKeys:
         policies: What the sequence keeps of each head group.
         salt: Sequences of different salts never share a key.
         block_size: Tokens of a block.
+        dense_tokens: First tokens that see all that the policies let them see, as if they were a
+            prompt's; None if all do.
 
     Attributes:
         blocks: Key of each full block.
@@ -33,7 +38,12 @@ class PrefixKeys:
     """
 
     def __init__(
-        self, namespace: bytes, policies: tuple[HeadPolicy, ...], salt: str, block_size: int
+        self,
+        namespace: bytes,
+        policies: tuple[HeadPolicy, ...],
+        salt: str,
+        block_size: int,
+        dense_tokens: int | None = None,
     ) -> None:
         # Every part but the last is preceded by its length or has a fixed one, so that no two
         # sets of parts read the same.
@@ -45,6 +55,7 @@ class PrefixKeys:
         secret = salt.encode("utf-8", "surrogatepass")
         self._root = hashlib.sha256(identity + secret).digest()
         self._block_size = block_size
+        self._dense_tokens = dense_tokens
         self.policies = policies
         self.salt = salt
         self.blocks: list[bytes] = []
@@ -66,7 +77,12 @@ class PrefixKeys:
         if first == 0:
             self.first_unsalted = _chain(self._unsalted, data[:stride])
         key = self.blocks[-1] if self.blocks else self._root
-        for start in range(0, len(data), stride):
+        dense = self._dense_tokens
+        for index in range(first, last):
+            if dense is not None and index == dense // self._block_size:
+                # 13 bytes: the tokens of a block are never as many.
+                key = _chain(key, b"dense" + _number(dense))
+            start = (index - first) * stride
             key = _chain(key, data[start : start + stride])
             self.blocks.append(key)
 

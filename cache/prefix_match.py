@@ -7,13 +7,29 @@ query without keys that it may see.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from headlong.cache.block_pool import BlockPool
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 
 MISS_REASONS = ("never_seen", "retrieval_evicted", "window_evicted", "partial_block", "salt")
 """Why tokens are not found; `PrefixMatch` says what each is."""
+
+
+ELSEWHERE = -1
+"""In a match, in place of a block that is held outside the arena."""
+
+
+class Lookup(Protocol):
+    """Where blocks of a group are looked up."""
+
+    def find(self, key: bytes) -> int | None:
+        """The block that has a key."""
+        ...
+
+    def knew(self, key: bytes) -> bool:
+        """Whether a block has this key, or had it not long ago."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +39,8 @@ class PrefixMatch:
     Attributes:
         num_tokens: Tokens found, whole blocks and fewer than were asked for: one at least is to be
             computed.
-        blocks: For each group the blocks to share, as its table will hold them.
+        blocks: For each group the blocks to share, as its table will hold them; `ELSEWHERE` for one
+            that is not in the arena.
         misses: The other tokens, by reason; reasons that do not occur are left out.
             `never_seen`: nothing says that they were computed, under these policies.
             `retrieval_evicted`: they were, but a block that all queries need is gone.
@@ -42,7 +59,7 @@ class PrefixMatch:
 def match_prefix(
     keys: PrefixKeys,
     num_tokens: int,
-    pools: Sequence[BlockPool],
+    pools: Sequence[Lookup],
     block_size: int,
     *,
     salted_elsewhere: bool,
@@ -91,12 +108,12 @@ def match_prefix(
     )
 
 
-def _leading(pool: BlockPool, keys: Sequence[bytes]) -> int:
+def _leading(pool: Lookup, keys: Sequence[bytes]) -> int:
     """Number of first keys that are found."""
     return next((i for i, key in enumerate(keys) if pool.find(key) is None), len(keys))
 
 
-def _known(pools: Sequence[BlockPool], keys: Sequence[bytes], at_least: int) -> int:
+def _known(pools: Sequence[Lookup], keys: Sequence[bytes], at_least: int) -> int:
     """Number of first blocks that were once computed: with any block, all before it were."""
     for pool in pools:
         longer = range(len(keys), at_least, -1)
@@ -105,7 +122,7 @@ def _known(pools: Sequence[BlockPool], keys: Sequence[bytes], at_least: int) -> 
 
 
 def _shorten_to_windows(
-    groups: Sequence[tuple[HeadPolicy, BlockPool]],
+    groups: Sequence[tuple[HeadPolicy, Lookup]],
     keys: Sequence[bytes],
     num_blocks: int,
     block_size: int,
@@ -131,7 +148,7 @@ class _WindowSearch:
     """
 
     def __init__(
-        self, policy: HeadPolicy, pool: BlockPool, keys: Sequence[bytes], block_size: int
+        self, policy: HeadPolicy, pool: Lookup, keys: Sequence[bytes], block_size: int
     ) -> None:
         self._policy = policy
         self._pool = pool
@@ -161,7 +178,7 @@ class _WindowSearch:
 
 
 def _shared(
-    policy: HeadPolicy, pool: BlockPool, keys: Sequence[bytes], num_blocks: int, block_size: int
+    policy: HeadPolicy, pool: Lookup, keys: Sequence[bytes], num_blocks: int, block_size: int
 ) -> tuple[int, ...]:
     """The blocks of a prefix that a group's table holds."""
     blocks = [pool.find(keys[i]) for i in policy.reachable_blocks(num_blocks, block_size)]

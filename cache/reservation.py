@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from headlong.cache.block_pool import BlockPool
 from headlong.cache.policy import HeadPolicy
-from headlong.cache.prefix_match import PrefixMatch
+from headlong.cache.prefix_match import ELSEWHERE, PrefixMatch
 from headlong.cache.sequence_cache import SequenceCache
 
 
@@ -60,7 +60,9 @@ class Reservation:
             has_fixed = _num_fixed(policy, len(shared), block_size)
             has_window = len(shared) - has_fixed
             # A block that nobody owns is taken from what others could have.
-            added = sum(not pool.is_owned(block) for block in shared[:has_fixed])
+            added = sum(
+                block == ELSEWHERE or not pool.is_owned(block) for block in shared[:has_fixed]
+            )
         added += max(0, fixed - has_fixed)
         forked = _num_fixed(policy, self.fork_tokens // block_size, block_size)
         added += self.forks * max(0, fixed - forked)

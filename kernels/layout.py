@@ -3,6 +3,10 @@
 page of (layer, kv_head) in block b of group g, in bytes from the start of the arena:
     group_bases[g] + (b * group_pages[g] + head_pages[layer][kv_head]) * page_bytes[g]
 
+The groups' regions lie one after the other, or all groups share the whole arena (bases of 0). Then
+the same bytes are a block of one group at a time: the arena is cut into slabs of equal size, and a
+slab that a group has lends it the blocks that lie wholly inside.
+
 inside a page, one after the other, each beginning at a multiple of 16 bytes:
     keys       [block_size, head_dim], or packed [block_size, packed_bytes]
     values     likewise
@@ -14,6 +18,7 @@ inside a page, one after the other, each beginning at a multiple of 16 bytes:
                from the sinks' end to the beginning of the page            if compensated
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -148,10 +153,11 @@ class ArenaLayout:
     Attributes:
         pages: Page layout of each group.
         group_pages: Pages of one block of each group, which is its number of members.
-        num_blocks: Blocks of each group.
+        num_blocks: Blocks of each group; if the groups share the arena, its ids are below this.
         group_bases: Byte offset of each group's region.
         total_bytes: Bytes of the whole arena.
         layers: For each layer, its heads group by group; together they are all its KV heads.
+        slab_bytes: Bytes of a slab if the groups share the arena; 0 if each has its region.
     """
 
     pages: tuple[PageLayout, ...]
@@ -160,6 +166,24 @@ class ArenaLayout:
     group_bases: tuple[int, ...]
     total_bytes: int
     layers: tuple[tuple[LayerHeads, ...], ...]
+    slab_bytes: int = 0
+
+    @property
+    def num_slabs(self) -> int:
+        """Slabs that the groups share; 0 if each has its region."""
+        return self.total_bytes // self.slab_bytes if self.slab_bytes else 0
+
+    def slab_blocks(self, group: int) -> int:
+        """Blocks that a slab lends to `group`, the same for every slab."""
+        return blocks_in_slab(self.slab_bytes, self.block_bytes(group))
+
+    def first_of_slab(self, group: int, slab: int) -> int:
+        """The first of the consecutive blocks that `slab` lends to `group`."""
+        return -(-slab * self.slab_bytes // self.block_bytes(group))
+
+    def slab_of(self, group: int, block: int) -> int:
+        """The slab in which a block of `group` begins."""
+        return block * self.block_bytes(group) // self.slab_bytes
 
     @property
     def num_groups(self) -> int:
@@ -229,7 +253,7 @@ def view_pages(layout: ArenaLayout, arena: torch.Tensor, group: int) -> PageView
 
     def section(start: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
-        return pages[..., start : start + size].view(dtype).unflatten(-1, shape)
+        return pages[..., start : start + size].view(dtype).view(*pages.shape[:2], *shape)
 
     entry = page.packed_bytes // dtype.itemsize
     return PageViews(
@@ -242,6 +266,17 @@ def view_pages(layout: ArenaLayout, arena: torch.Tensor, group: int) -> PageView
         bounds=section(page.bounds_at, page.dtype, 4, page.head_dim) if page.summarised else None,
         sums=section(page.sums_at, torch.float32, 2, page.head_dim) if page.compensated else None,
     )
+
+
+def blocks_in_slab(slab_bytes: int, block_bytes: int) -> int:
+    """Blocks that lie wholly inside a slab, wherever in the arena the slab is.
+
+    A block begins at a multiple of its bytes. If the slab is none, blocks straddle its ends: it
+    begins at least gcd(slab, block) bytes after a block did, and the worst case is just that.
+    """
+    if slab_bytes % block_bytes == 0:
+        return slab_bytes // block_bytes
+    return max(0, (slab_bytes + math.gcd(slab_bytes, block_bytes)) // block_bytes - 1)
 
 
 def build_arena_layout(
@@ -268,30 +303,85 @@ def build_arena_layout(
             f"members, pages and num_blocks must be as long as each other, "
             f"got {len(members)}, {len(pages)}, {len(num_blocks)}"
         )
-    everyone = [head for group in members for head in group]
-    if not everyone:
-        raise ValueError("members must name at least one head")
-    if len(set(everyone)) != len(everyone):
-        raise ValueError("a head is listed twice among the members")
+    layers = _place_heads(members)
     if min(num_blocks) < 1:
         raise ValueError(f"num_blocks must be at least 1 each, got {num_blocks}")
     bases: list[int] = []
     offset = 0
-    layers: list[list[LayerHeads]] = [[] for _ in range(1 + max(layer for layer, _ in everyone))]
-    for group, heads in enumerate(members):
-        if not heads or list(heads) != sorted(heads):
-            raise ValueError(f"members of group {group} must be sorted and not empty, got {heads}")
+    for count, heads, page in zip(num_blocks, members, pages, strict=True):
         bases.append(offset)
-        offset += num_blocks[group] * len(heads) * pages[group].page_bytes
+        offset += count * len(heads) * page.page_bytes
         offset = -(-offset // GROUP_ALIGNMENT_BYTES) * GROUP_ALIGNMENT_BYTES
-        for layer in sorted({layer for layer, _ in heads}):
-            kv_heads = tuple(head for owner, head in heads if owner == layer)
-            layers[layer].append(LayerHeads(group, heads.index((layer, kv_heads[0])), kv_heads))
     return ArenaLayout(
         pages=pages,
         group_pages=tuple(len(heads) for heads in members),
         num_blocks=num_blocks,
         group_bases=tuple(bases),
         total_bytes=offset,
-        layers=tuple(tuple(heads) for heads in layers),
+        layers=layers,
     )
+
+
+def build_slab_layout(
+    members: tuple[tuple[tuple[int, int], ...], ...],
+    pages: tuple[PageLayout, ...],
+    slab_bytes: int,
+    num_slabs: int,
+) -> ArenaLayout:
+    """Let the groups share one arena.
+
+    Args:
+        members: As for `build_arena_layout`.
+        pages: Page layout of each group.
+        slab_bytes: Bytes of a slab.
+        num_slabs: Slabs of the arena.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: As by `build_arena_layout`, or a slab holds no block of some group.
+    """
+    if len(members) != len(pages):
+        raise ValueError(
+            f"members and pages must be as long as each other, got {len(members)}, {len(pages)}"
+        )
+    layers = _place_heads(members)
+    block_bytes = [len(heads) * page.page_bytes for heads, page in zip(members, pages, strict=True)]
+    if num_slabs < 1:
+        raise ValueError(f"num_slabs must be at least 1, got {num_slabs}")
+    if min(blocks_in_slab(slab_bytes, each) for each in block_bytes) < 1:
+        raise ValueError(f"slab_bytes must hold a block of each group, got {slab_bytes}")
+    total_bytes = num_slabs * slab_bytes
+    return ArenaLayout(
+        pages=pages,
+        group_pages=tuple(len(heads) for heads in members),
+        num_blocks=tuple(total_bytes // each for each in block_bytes),
+        group_bases=(0,) * len(members),
+        total_bytes=total_bytes,
+        layers=layers,
+        slab_bytes=slab_bytes,
+    )
+
+
+def _place_heads(
+    members: tuple[tuple[tuple[int, int], ...], ...],
+) -> tuple[tuple[LayerHeads, ...], ...]:
+    """For each layer, its heads group by group.
+
+    Raises:
+        ValueError: A group is empty or unsorted, or a head is in two groups.
+    """
+    everyone = [head for group in members for head in group]
+    if not everyone:
+        raise ValueError("members must name at least one head")
+    if len(set(everyone)) != len(everyone):
+        raise ValueError("a head is listed twice among the members")
+    layers: list[list[LayerHeads]] = [[] for _ in range(1 + max(layer for layer, _ in everyone))]
+    for group, heads in enumerate(members):
+        if not heads or list(heads) != sorted(heads):
+            raise ValueError(f"members of group {group} must be sorted and not empty, got {heads}")
+        for layer in sorted({layer for layer, _ in heads}):
+            kv_heads = tuple(head for owner, head in heads if owner == layer)
+            layers[layer].append(LayerHeads(group, heads.index((layer, kv_heads[0])), kv_heads))
+    return tuple(tuple(heads) for heads in layers)

@@ -44,7 +44,7 @@ class SequencePages:
         self.views: PageViews = view_pages(layout, arena, group)
         sink_blocks, window_start = int(tables.sink_blocks[seq]), int(tables.window_starts[seq])
         entries = tables.block_tables[seq, : int(tables.table_lens[seq])].tolist()
-        self._blocks = {
+        self._blocks: dict[int, int] = {
             entry if entry < sink_blocks else window_start + entry - sink_blocks: block
             for entry, block in enumerate(entries)
         }

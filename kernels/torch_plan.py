@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from headlong.kernels.batch import AttentionBatch, GroupBatch
-from headlong.kernels.layout import ArenaLayout
+from headlong.kernels.layout import ArenaLayout, PageLayout
 from headlong.kernels.reference import visible
+from headlong.kernels.torch_compensation import DroppedPlan, plan_dropped
+from headlong.kernels.torch_hidden import HiddenKeys
+from headlong.kernels.torch_selection import ChoiceBucket, choosing_sequences, plan_choices
+from headlong.kernels.torch_summaries import SummaryPlan, plan_summaries
 
 PREFILL_TILE_ROWS = 128
 """Most query positions of one prefill tile: above this, causal skipping wastes too much."""
@@ -25,16 +29,14 @@ class DecodeBucket:
     Attributes:
         rows: int64 [num_seqs], packed row of each query.
         blocks: int64 [num_seqs, 1, max_blocks]; padding repeats block 0.
-        hidden: bool [num_seqs, 1, 1, 1, max_blocks * block_size], keys that the law hides.
-        hidden_seq: int64 [num_hidden], sequence of each hidden key.
-        hidden_key: int64 [num_hidden], its index among that sequence's keys.
+        hidden: Which of their keys are not seen.
+        dropped: What they have dropped; None if nothing, or nothing stands for it.
     """
 
     rows: torch.Tensor
     blocks: torch.Tensor
-    hidden: torch.Tensor
-    hidden_seq: torch.Tensor
-    hidden_key: torch.Tensor
+    hidden: HiddenKeys
+    dropped: DroppedPlan | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class PrefillTile:
         window_end: One past the last key.
         masked_from: Keys before this one (of the two parts joined) are seen by every row.
         seen: bool [rows, keys - masked_from], what the law shows of the rest.
+        dropped: What the rows have dropped; None if nothing, or nothing stands for it.
     """
 
     start: int
@@ -60,6 +63,7 @@ class PrefillTile:
     window_end: int
     masked_from: int
     seen: torch.Tensor
+    dropped: DroppedPlan | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +84,19 @@ class GroupPlan:
     """One head group's work.
 
     Attributes:
-        slots: int64 [total_tokens], row of each new key in the group's region seen as
-            [num_blocks * group_pages * 2 * block_size, head_dim], for page 0 of the block.
-        decodes: Buckets of decodes.
+        blocks: int64 [total_tokens], block of each new token.
+        offsets: int64 [total_tokens], its place in the block's pages.
+        summaries: What changes of what pages say of their keys.
+        decodes: Buckets of decodes that read all they see.
+        choices: Buckets of those that choose pages.
         prefills: Chunks of more than one token.
     """
 
-    slots: torch.Tensor
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    summaries: SummaryPlan
     decodes: tuple[DecodeBucket, ...]
+    choices: tuple[ChoiceBucket, ...]
     prefills: tuple[PrefillChunk, ...]
 
 
@@ -111,23 +120,26 @@ def build_plan(
     prefills = [s for s in range(len(context_lens)) if bounds[s + 1] - bounds[s] > 1]
     plans: list[GroupPlan] = []
     for group, tables in enumerate(batch.groups):
-        block_size = layout.pages[group].block_size
-        block, offset = tables.slot_mapping // block_size, tables.slot_mapping % block_size
-        slots = block * (layout.group_pages[group] * 2 * block_size) + offset
+        page = layout.pages[group]
+        choosing = choosing_sequences(page, batch, tables)
+        dense = sorted(set(decodes).difference(choosing))
         plans.append(
             GroupPlan(
-                slots=slots.to(device),
+                blocks=(tables.slot_mapping // page.block_size).to(device),
+                offsets=(tables.slot_mapping % page.block_size).to(device),
+                summaries=plan_summaries(page, tables, batch, device),
                 decodes=tuple(
-                    _decode_bucket(batch, tables, bucket, block_size, device)
-                    for bucket in _buckets(decodes, tables.table_lens)
+                    _decode_bucket(batch, tables, bucket, page, device)
+                    for bucket in _buckets(dense, tables.table_lens)
                 ),
+                choices=plan_choices(page, batch, tables, choosing, device),
                 prefills=tuple(
                     _prefill_chunk(
                         tables,
                         seq,
                         rows=(bounds[seq], bounds[seq + 1]),
                         context_len=context_lens[seq],
-                        block_size=block_size,
+                        page=page,
                         num_q_heads=num_q_heads,
                         device=device,
                     )
@@ -154,9 +166,10 @@ def _decode_bucket(
     batch: AttentionBatch,
     tables: GroupBatch,
     seqs: list[int],
-    block_size: int,
+    page: PageLayout,
     device: torch.device,
 ) -> DecodeBucket:
+    block_size = page.block_size
     index = torch.tensor(seqs)
     table_lens = tables.table_lens[index]
     longest = int(table_lens.max())
@@ -168,13 +181,11 @@ def _decode_bucket(
         | (positions > query - tables.window_sizes[index, None])
     )
     hidden = ~(law & (keys < table_lens[:, None] * block_size))
-    hidden_seq, hidden_key = hidden.nonzero(as_tuple=True)
     return DecodeBucket(
         rows=batch.cu_seqlens_q[index].long().to(device),
         blocks=tables.block_tables[index, None, :longest].long().to(device),
-        hidden=hidden[:, None, None, None, :].to(device),
-        hidden_seq=hidden_seq.to(device),
-        hidden_key=hidden_key.to(device),
+        hidden=HiddenKeys.where(hidden, device),
+        dropped=plan_dropped(page, tables, index, query, device),
     )
 
 
@@ -184,10 +195,11 @@ def _prefill_chunk(
     *,
     rows: tuple[int, int],
     context_len: int,
-    block_size: int,
+    page: PageLayout,
     num_q_heads: int,
     device: torch.device,
 ) -> PrefillChunk:
+    block_size = page.block_size
     num_blocks = int(tables.table_lens[seq])
     sink_size, window_size = int(tables.sink_sizes[seq]), int(tables.window_sizes[seq])
     # Keys between the sink blocks and the window blocks are gone: later ones move up.
@@ -205,7 +217,8 @@ def _prefill_chunk(
         keys = torch.cat([torch.arange(sink_end), torch.arange(window_start, end)])
         # Only the diagonal needs a mask where no key has left the window yet.
         masked_from = len(keys) - (end - start) if end - window_size < 1 else 0
-        law = visible(torch.arange(start, end), keys[masked_from:], sink_size, window_size)
+        positions = torch.arange(start, end)
+        law = visible(positions, keys[masked_from:], sink_size, window_size)
         tiles.append(
             PrefillTile(
                 start=rows[0] + start - first,
@@ -215,6 +228,7 @@ def _prefill_chunk(
                 window_end=end - (shift if end > sink_keys else 0),
                 masked_from=masked_from,
                 seen=law.to(device),
+                dropped=plan_dropped(page, tables, torch.tensor([seq]), positions[None], device),
             )
         )
     return PrefillChunk(tables.block_tables[seq, :num_blocks].long().to(device), tuple(tiles))

@@ -7,13 +7,63 @@ import torch
 import triton
 import triton.language as tl
 
-from headlong.kernels.triton_pages import GROUP_HEADS_FIELDS, page_base
-from headlong.kernels.triton_variant import TRITON_DTYPES, Variant, padded_dim
+from headlong.kernels.triton_codes import (
+    INT4,
+    NUM_FORMATS,
+    PLAIN,
+    describe_formats,
+    quantise_tile,
+)
+from headlong.kernels.triton_pages import (
+    GROUP_HEADS_FIELDS,
+    load_format,
+    locate_page,
+    row_offsets,
+    scale_offsets,
+)
+from headlong.kernels.triton_variant import (
+    TRITON_DTYPES,
+    Variant,
+    padded_dim,
+)
+
+
+@triton.jit
+def store_rows(
+    section_ptr,
+    scales_ptr,
+    minima_ptr,
+    rows,
+    scale_at,
+    heads,
+    wanted,
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Put rows [rows, DIM] of K or of V into a section of their pages, in the pages' format."""
+    if FORMAT == PLAIN:
+        codes = heads
+    else:
+        real = (tl.arange(0, DIM) < HEAD_DIM)[None, :]
+        codes, scales, minima = quantise_tile(heads.to(tl.float32), real, FORMAT)
+        tl.store(scales_ptr + scale_at, scales, mask=wanted)
+        if FORMAT == INT4:
+            tl.store(minima_ptr + scale_at, minima, mask=wanted)
+            # A byte holds two neighbours, the first one lower.
+            low, high = tl.split(tl.reshape(codes, [codes.shape[0], DIM // 2, 2]))
+            codes = low | (high << 4)
+    halves: tl.constexpr = 2 if FORMAT == INT4 else 1
+    columns = tl.arange(0, DIM // halves)
+    mask = wanted[:, None] & (columns < HEAD_DIM // halves)[None, :]
+    tl.store(section_ptr + rows[:, None] + columns[None, :], codes, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "block_shift"])
 def append_kernel(
-    arena_ptr,
+    elements_ptr,
+    bytes_ptr,
+    halves_ptr,
     key_ptr,
     value_ptr,
     slots_ptr,
@@ -22,7 +72,6 @@ def append_kernel(
     group_of_ptr,
     num_tokens,
     block_shift,
-    page_elems,
     key_head_stride,
     key_token_stride,
     value_head_stride,
@@ -31,6 +80,7 @@ def append_kernel(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     ITEMSIZE: tl.constexpr,
+    FORMATS: tl.constexpr,
 ):
     """Program (tile of tokens, KV head); a slot of -1 is no token."""
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -38,37 +88,53 @@ def append_kernel(
     group = tl.load(group_of_ptr + kv_head * 2)
     page = tl.load(group_heads_ptr + group * GROUP_HEADS_FIELDS + 2)
     page += tl.load(group_of_ptr + kv_head * 2 + 1)
-    base, block_elems = page_base(groups_ptr, group, page, page_elems, ITEMSIZE)
+    page_format = load_format(groups_ptr, group)
 
     slots = tl.load(slots_ptr + group * num_tokens + tokens, mask=tokens < num_tokens, other=-1)
-    block = (slots >> block_shift).to(tl.int64)
-    inside = slots & ((1 << block_shift) - 1)
-    targets = base + block * block_elems + inside * HEAD_DIM
-
+    wanted = slots >= 0
     dims = tl.arange(0, DIM)
-    mask = (slots >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
-    targets = arena_ptr + targets[:, None] + dims[None, :]
-    rows = tokens.to(tl.int64)[:, None]
+    mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
+    sources = tokens.to(tl.int64)[:, None]
     keys = tl.load(
-        key_ptr + rows * key_token_stride + kv_head * key_head_stride + dims[None, :], mask=mask
+        key_ptr + sources * key_token_stride + kv_head * key_head_stride + dims[None, :], mask=mask
     )
-    tl.store(targets, keys, mask=mask)
     values = tl.load(
-        value_ptr + rows * value_token_stride + kv_head * value_head_stride + dims[None, :],
+        value_ptr + sources * value_token_stride + kv_head * value_head_stride + dims[None, :],
         mask=mask,
     )
-    # A page is K, then V: its V is half a page further.
-    tl.store(targets + page_elems // 2, values, mask=mask)
+    for form in tl.static_range(NUM_FORMATS):
+        if FORMATS >> form & 1:
+            is_here = (page_format == form) | (1 << form == FORMATS)
+            if is_here:
+                keys_ptr, values_ptr, scales_ptr, minima_ptr, block_units = locate_page(
+                    groups_ptr, group, page, elements_ptr, bytes_ptr, halves_ptr, form, ITEMSIZE
+                )
+                rows = row_offsets(
+                    slots >> block_shift, slots, block_units, block_shift, form, HEAD_DIM,
+                    ITEMSIZE,
+                )  # fmt: skip
+                scale_at = scale_offsets(slots >> block_shift, slots, block_units, block_shift)
+                store_rows(
+                    keys_ptr, scales_ptr, minima_ptr, rows, scale_at, keys, wanted, form,
+                    HEAD_DIM, DIM,
+                )  # fmt: skip
+                scale_at += 1 << block_shift
+                store_rows(
+                    values_ptr, scales_ptr, minima_ptr, rows, scale_at, values, wanted, form,
+                    HEAD_DIM, DIM,
+                )  # fmt: skip
 
 
-def append_variant(dtype: torch.dtype, head_dim: int) -> Variant:
-    """The form of the kernel for a cache's dtype and head size."""
+def append_variant(dtype: torch.dtype, head_dim: int, formats: int) -> Variant:
+    """The form of the kernel for a cache's dtype, head size and formats."""
     dim, kind = padded_dim(head_dim), f"*{TRITON_DTYPES[dtype]}"
     return Variant(
-        name=f"append {TRITON_DTYPES[dtype]} {head_dim}",
+        name=f"append {TRITON_DTYPES[dtype]} {head_dim}{describe_formats(formats)}",
         kernel=append_kernel,
         types={
-            "arena_ptr": kind,
+            "elements_ptr": kind,
+            "bytes_ptr": "*u8",
+            "halves_ptr": "*fp16",
             "key_ptr": kind,
             "value_ptr": kind,
             "slots_ptr": "*i32",
@@ -81,6 +147,7 @@ def append_variant(dtype: torch.dtype, head_dim: int) -> Variant:
             "DIM": dim,
             "TOKENS": max(1, 4096 // dim // dtype.itemsize),
             "ITEMSIZE": dtype.itemsize,
+            "FORMATS": formats,
         },
         num_warps=4,
         num_stages=1,
@@ -97,6 +164,7 @@ def append_kv(
     group_heads: torch.Tensor,
     group_of: torch.Tensor,
     block_size: int,
+    formats: int,
 ) -> None:
     """Write K and V into their slots.
 
@@ -105,18 +173,21 @@ def append_kv(
         key: [num_kv_heads, total_tokens, head_dim] in the cache's dtype, any strides but the last.
         value: As `key`.
         slots: int32 [num_groups, total_tokens], block * block_size + offset; -1 writes nothing.
-        groups: int64 [num_groups, 2].
+        groups: int64 [num_groups, 9].
         group_heads: int32 [num_groups, 4], of the layer.
         group_of: int32 [num_kv_heads, 2], of the layer.
         block_size: Tokens of a page.
+        formats: Set of the formats of pages, a bit each.
     """
     num_kv_heads, num_tokens, head_dim = key.shape
-    variant = append_variant(key.dtype, head_dim)
+    variant = append_variant(key.dtype, head_dim, formats)
     tile = variant.constants["TOKENS"]
     assert isinstance(tile, int)
     variant.launch(
         (triton.cdiv(num_tokens, tile), num_kv_heads),
         arena.view(key.dtype),
+        arena,
+        arena.view(torch.float16),
         key,
         value,
         slots,
@@ -125,7 +196,6 @@ def append_kv(
         group_of,
         num_tokens,
         block_size.bit_length() - 1,
-        2 * block_size * head_dim,
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -143,5 +213,6 @@ def _(
     group_heads: torch.Tensor,
     group_of: torch.Tensor,
     block_size: int,
+    formats: int,
 ) -> None:
     return None

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from headlong.kernels.backend import SelectionSettings
 from headlong.kernels.batch import AttentionBatch
 from headlong.kernels.layout import ArenaLayout
 from headlong.kernels.triton_append import append_kv
+from headlong.kernels.triton_codes import page_formats
 from headlong.kernels.triton_decode import decode_attention
 from headlong.kernels.triton_merge import ROWS
 from headlong.kernels.triton_plan import (
@@ -19,9 +21,11 @@ from headlong.kernels.triton_plan import (
     pack_step,
     view_step,
 )
-from headlong.kernels.triton_prefill import device_capability, prefill_attention, prefill_variant
+from headlong.kernels.triton_prefill import prefill_attention, prefill_variant
+from headlong.kernels.triton_selection import TritonSelection
+from headlong.kernels.triton_summaries import TritonSummaries
 from headlong.kernels.triton_tables import build_group_table, build_layer_tables
-from headlong.kernels.triton_variant import DTYPES
+from headlong.kernels.triton_variant import DTYPES, device_capability
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """Decode programs that share a multiprocessor, to hide each other's waits for memory."""
@@ -37,15 +41,25 @@ class TritonAttention:
         arena: uint8 [total_bytes], on a CUDA device, or on the CPU in Triton's interpreter.
         layout: The arena's map.
         num_q_heads: Query heads of a layer.
+        selection: How pages are chosen; None if no batch asks for it.
+
+    Attributes:
+        page_selection: Chooses pages and remembers choices, or None.
 
     Raises:
-        ValueError: The groups' pages differ in dtype or size, there is no kernel for their head
-            size, block size or dtype, or a group has too many slots.
+        ValueError: The groups' pages differ in their elements' dtype or number, there is no kernel
+            for their head size, block size or dtype, or a group has too many slots.
     """
 
-    def __init__(self, arena: torch.Tensor, layout: ArenaLayout, num_q_heads: int) -> None:
-        (page, *others) = layout.pages
-        if any(other != page for other in others):
+    def __init__(
+        self,
+        arena: torch.Tensor,
+        layout: ArenaLayout,
+        num_q_heads: int,
+        selection: SelectionSettings | None = None,
+    ) -> None:
+        page = layout.pages[0]
+        if len({(each.block_size, each.head_dim, each.dtype) for each in layout.pages}) > 1:
             raise ValueError(f"pages of all groups must be alike, got {layout.pages}")
         if page.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES} for Triton, got {page.dtype}")
@@ -56,15 +70,28 @@ class TritonAttention:
         self.arena = arena
         self.layout = layout
         self.num_q_heads = num_q_heads
+        self.page_selection = (
+            None
+            if selection is None or not any(each.summarised for each in layout.pages)
+            else TritonSelection(arena, layout, num_q_heads, selection)
+        )
+        self._formats = page_formats(layout.pages)
+        self._compensated = page_formats([each for each in layout.pages if each.compensated])
         self._page = page
         self._layers = build_layer_tables(layout, arena.device)
         self._groups = build_group_table(layout, arena.device)
+        self._summaries = TritonSummaries(arena, layout, self._groups)
         self._no_sinks = torch.full((num_q_heads,), -math.inf, device=arena.device)
+        self._no_choices = torch.empty(0, 0, 0, dtype=torch.int32, device=arena.device)
         self._num_programs = _num_programs(arena.device)
         num_kv_heads = sum(len(heads.kv_heads) for heads in layout.layers[0])
         self._group_size = num_q_heads // num_kv_heads
         variant = prefill_variant(
-            page.dtype, page.head_dim, softcap=False, capability=device_capability(arena.device)
+            page.dtype,
+            page.head_dim,
+            softcap=False,
+            formats=self._formats,
+            capability=device_capability(arena.device),
         )
         tile_rows = variant.constants["ROWS"]
         assert isinstance(tile_rows, int)
@@ -83,7 +110,8 @@ class TritonAttention:
 
     def pack(self, batch: AttentionBatch, num_seqs: int | None = None) -> PackedStep:
         """Lay the step out on the CPU, padded to `num_seqs` decodes if that is given."""
-        return pack_step(batch, self._tile_rows, self._group_size, num_seqs)
+        choosing = None if self.page_selection is None else self.page_selection.choosing
+        return pack_step(batch, self._tile_rows, self._group_size, num_seqs, choosing)
 
     def largest_items(self, num_splits: Sequence[int]) -> int:
         """Most items of decode work of any layer, given the splits of each group."""
@@ -107,7 +135,9 @@ class TritonAttention:
             tables.group_heads,
             tables.group_of,
             self._page.block_size,
+            self._formats,
         )
+        self._summaries.update(layer, tables.group_heads, plan)
 
     def attend(
         self,
@@ -127,6 +157,10 @@ class TritonAttention:
         logits = self._no_sinks if sinks is None else sinks.float().contiguous()
         shape = plan.shape
         if shape.num_decodes:
+            chosen, chosen_group = self._no_choices, 0
+            if self.page_selection is not None and shape.chooses:
+                chosen_group = self.page_selection.choosing.group
+                chosen = self.page_selection.choose(layer, query, tables.order, plan)
             decode_attention(
                 out,
                 plan.partial,
@@ -142,9 +176,14 @@ class TritonAttention:
                 plan.tables,
                 plan.splits,
                 plan.lists,
+                plan.choices,
+                chosen,
+                chosen_group,
                 shape.num_decodes,
                 self._num_programs,
                 self._page.block_size,
+                self._formats,
+                self._compensated,
                 sm_scale,
                 softcap or 0.0,
             )
@@ -163,6 +202,8 @@ class TritonAttention:
                 plan.lists,
                 shape.num_tiles,
                 self._page.block_size,
+                self._formats,
+                self._compensated,
                 sm_scale,
                 softcap or 0.0,
             )
@@ -237,6 +278,7 @@ class DecodeBuffer:
             num_decodes=num_seqs,
             num_tokens=num_seqs,
             num_tiles=0,
+            chooses=self._attention.page_selection is not None,
         )
 
 

@@ -14,98 +14,38 @@ import torch
 import triton
 import triton.language as tl
 
+from headlong.kernels.triton_choice import CHOICES_FIELDS
+from headlong.kernels.triton_codes import NUM_FORMATS, PLAIN, describe_formats
+from headlong.kernels.triton_compensation import (
+    describe_sums,
+    is_compensated,
+    locate_sums,
+    spill_allowance,
+)
 from headlong.kernels.triton_merge import PART, ROWS, merge_variant
 from headlong.kernels.triton_pages import (
     GROUP_HEADS_FIELDS,
     ROWS_FIELDS,
     TABLES_FIELDS,
-    accumulate,
-    key_offsets,
-    load_blocks,
+    load_format,
     load_table,
-    page_base,
-    scaled_logits,
-    sees,
+    locate_page,
     with_sink,
 )
 from headlong.kernels.triton_plan import KEY_ALIGNMENT, SPLIT_KEYS
+from headlong.kernels.triton_split import attend_split
+from headlong.kernels.triton_tiles import is_mixed
 from headlong.kernels.triton_variant import (
     TRITON_DTYPES,
     Variant,
+    device_capability,
+    has_fp8,
     padded_dim,
     reads_as_float32,
 )
 
-
-@triton.jit
-def attend_split(
-    query,
-    context,
-    split,
-    table_ptr,
-    sink_blocks,
-    gone_blocks,
-    sink_size,
-    window_size,
-    arena_ptr,
-    base,
-    block_elems,
-    block_shift,
-    page_elems,
-    scale,
-    softcap,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
-    KEY_ALIGNMENT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Running softmax of a tile of query heads over one split of the keys they see."""
-    dims = tl.arange(0, DIM)
-    real_dims = dims < HEAD_DIM
-    # Keys are counted from the sinks on, then from the window on: see `key_span`.
-    sink_end = tl.cdiv(tl.minimum(sink_size, context), KEY_ALIGNMENT) * KEY_ALIGNMENT
-    window_low = tl.maximum(context - window_size, 0)
-    window_base = tl.maximum(window_low // KEY_ALIGNMENT * KEY_ALIGNMENT, sink_end)
-    gap = window_base - sink_end
-    first_key = split * SPLIT_KEYS
-    last_key = tl.minimum(first_key + SPLIT_KEYS, sink_end + tl.maximum(context - window_base, 0))
-
-    positions = first_key + tl.where(first_key < sink_end, 0, gap) + tl.arange(0, KEYS)
-    seen = sees(context - 1, positions, sink_size, window_size)
-    blocks = load_blocks(positions, seen, table_ptr, sink_blocks, gone_blocks, block_shift)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
-    for key in range(first_key, last_key, KEYS):
-        offsets = key_offsets(blocks, positions, base, block_elems, block_shift, HEAD_DIM)
-        read = seen
-        following = key + KEYS
-        positions = following + tl.where(following < sink_end, 0, gap) + tl.arange(0, KEYS)
-        seen = sees(context - 1, positions, sink_size, window_size)
-        blocks = load_blocks(positions, seen, table_ptr, sink_blocks, gone_blocks, block_shift)
-        # What the law hides may hold anything, NaN included: it is not read.
-        keys = tl.load(
-            arena_ptr + offsets[None, :] + dims[:, None],
-            mask=read[None, :] & real_dims[:, None],
-            other=0.0,
-        )
-        values = tl.load(
-            arena_ptr + offsets[:, None] + page_elems // 2 + dims[None, :],
-            mask=read[:, None] & real_dims[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            keys = keys.to(tl.float32)
-            values = values.to(tl.float32)
-        products = tl.dot(query, keys, input_precision="ieee")
-        logits = scaled_logits(products, scale, softcap, SOFTCAP)
-        logits = tl.where(read[None, :], logits, float("-inf"))
-        acc, total, largest = accumulate(acc, total, largest, logits, values)
-    return acc, total, largest
+REGISTERS = 128
+"""Most registers of a thread: four programs of four warps share a multiprocessor's 65536."""
 
 
 @triton.jit(
@@ -116,6 +56,8 @@ def attend_split(
         "group_size",
         "block_shift",
         "partial_rows",
+        "chosen_group",
+        "chosen_pages",
     ]
 )
 def decode_kernel(
@@ -124,7 +66,10 @@ def decode_kernel(
     lse_ptr,
     query_ptr,
     sinks_ptr,
-    arena_ptr,
+    elements_ptr,
+    bytes_ptr,
+    halves_ptr,
+    floats_ptr,
     groups_ptr,
     group_heads_ptr,
     order_ptr,
@@ -132,6 +77,8 @@ def decode_kernel(
     tables_ptr,
     splits_ptr,
     lists_ptr,
+    choices_ptr,
+    chosen_ptr,
     num_seqs,
     num_groups,
     num_q_heads,
@@ -139,19 +86,25 @@ def decode_kernel(
     query_head_stride,
     query_token_stride,
     block_shift,
-    page_elems,
     partial_rows,
+    chosen_group,
+    chosen_pages,
     scale,
     softcap,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    CODE_KEYS: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     KEY_ALIGNMENT: tl.constexpr,
     ITEMSIZE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
+    FORMATS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    CHOOSES: tl.constexpr,
+    COMPENSATED: tl.constexpr,
 ):
     """Program p takes items p, p + programs, ...; an item is (group, split, tile of rows, head)."""
     program = tl.program_id(0)
@@ -162,6 +115,8 @@ def decode_kernel(
     for group in range(num_groups):
         heads_ptr = group_heads_ptr + group * GROUP_HEADS_FIELDS
         num_heads = tl.load(heads_ptr)
+        page_format = load_format(groups_ptr, group)
+        has_sums = is_compensated(groups_ptr, group)
         pairs_ptr = lists_ptr + tl.load(splits_ptr + group * 2 + 1)
         num_items = tl.load(splits_ptr + group * 2) * row_tiles * num_heads
         # The round goes on where the last group's ended.
@@ -173,13 +128,19 @@ def decode_kernel(
             seq = tl.load(pair_ptr)
             kv_head = tl.load(order_ptr + tl.load(heads_ptr + 1) + head)
             page = tl.load(heads_ptr + 2) + head
-            base, block_elems = page_base(groups_ptr, group, page, page_elems, ITEMSIZE)
             table_ptr, sink_blocks, gone_blocks, sink_size, window_size = load_table(
                 tables_ptr, lists_ptr, group, seq, num_seqs
             )
             num_splits = tl.load(tables_ptr + (group * num_seqs + seq) * TABLES_FIELDS + 6)
             token = tl.load(rows_ptr + seq * ROWS_FIELDS).to(tl.int64)
             context = tl.load(rows_ptr + seq * ROWS_FIELDS + 2)
+            if CHOOSES:
+                read_pages = tl.load(choices_ptr + seq * CHOICES_FIELDS)
+                if (group == chosen_group) & (read_pages > 0):
+                    # Chosen pages make a shorter context: all of them are full but the newest.
+                    num_pages = (context + (1 << block_shift) - 1) >> block_shift
+                    context -= (num_pages - read_pages) << block_shift
+                    table_ptr = chosen_ptr + (seq * num_heads + head).to(tl.int64) * chosen_pages
 
             rows = row_tile * ROWS + tl.arange(0, ROWS)
             q_heads = kv_head * group_size + rows
@@ -188,12 +149,26 @@ def decode_kernel(
             query = tl.load(query_ptr + query_rows[:, None] + dims[None, :], mask=wanted, other=0.0)
             if WIDEN:
                 query = query.to(tl.float32)
-            acc, total, largest = attend_split(
-                query, context, tl.load(pair_ptr + 1), table_ptr, sink_blocks, gone_blocks,
-                sink_size, window_size, arena_ptr, base, block_elems, block_shift, page_elems,
-                scale, softcap, HEAD_DIM, DIM, ROWS, KEYS, SPLIT_KEYS, KEY_ALIGNMENT, SOFTCAP,
-                WIDEN,
-            )  # fmt: skip
+            split = tl.load(pair_ptr + 1)
+            sums_ptr = locate_sums(groups_ptr, group, page, floats_ptr)
+            acc = tl.zeros([ROWS, DIM], tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            largest = tl.zeros([ROWS], tl.float32)
+            for form in tl.static_range(NUM_FORMATS):
+                if FORMATS >> form & 1:
+                    is_here = (page_format == form) | (1 << form == FORMATS)
+                    if is_here:
+                        keys_ptr, values_ptr, scales_ptr, minima_ptr, block_units = locate_page(
+                            groups_ptr, group, page, elements_ptr, bytes_ptr, halves_ptr, form,
+                            ITEMSIZE,
+                        )  # fmt: skip
+                        acc, total, largest = attend_split(
+                            query, context, split, table_ptr, sink_blocks, gone_blocks, sink_size,
+                            window_size, keys_ptr, values_ptr, scales_ptr, minima_ptr, sums_ptr,
+                            has_sums, block_units, block_shift, scale, softcap, form, HEAD_DIM,
+                            DIM, ROWS, KEYS if form == PLAIN else CODE_KEYS, SPLIT_KEYS,
+                            KEY_ALIGNMENT, ITEMSIZE, SOFTCAP, NATIVE_FP8, COMPENSATED,
+                        )  # fmt: skip
 
             if num_splits == 1:
                 sinks = tl.load(sinks_ptr + q_heads, mask=rows < group_size, other=0.0)
@@ -219,11 +194,24 @@ def decode_kernel(
         items_before += num_items
 
 
-def decode_variant(dtype: torch.dtype, head_dim: int, *, softcap: bool) -> Variant:
-    """The form of the decode kernel for a cache's dtype and head size."""
+def decode_variant(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    softcap: bool,
+    formats: int,
+    capability: tuple[int, int],
+    chooses: bool = False,
+    compensated: int = 0,
+) -> Variant:
+    """The form of the decode kernel for a cache's dtype, head size and formats, and a device."""
     dim, kind = padded_dim(head_dim), f"*{TRITON_DTYPES[dtype]}"
+    # What codes are turned into takes registers, and so do loops of several formats.
+    code_elements = 1 << 11 if is_mixed(formats) else 1 << 12
     return Variant(
-        name=f"decode {TRITON_DTYPES[dtype]} {head_dim}{' softcap' if softcap else ''}",
+        name=f"decode {TRITON_DTYPES[dtype]} {head_dim}{describe_formats(formats)}"
+        f"{' softcap' if softcap else ''}{' choosing' if chooses else ''}"
+        f"{describe_sums(compensated)}",
         kernel=decode_kernel,
         types={
             "out_ptr": kind,
@@ -231,7 +219,10 @@ def decode_variant(dtype: torch.dtype, head_dim: int, *, softcap: bool) -> Varia
             "lse_ptr": "*fp32",
             "query_ptr": kind,
             "sinks_ptr": "*fp32",
-            "arena_ptr": kind,
+            "elements_ptr": kind,
+            "bytes_ptr": "*u8",
+            "halves_ptr": "*fp16",
+            "floats_ptr": "*fp32",
             "groups_ptr": "*i64",
             "group_heads_ptr": "*i32",
             "order_ptr": "*i32",
@@ -239,6 +230,8 @@ def decode_variant(dtype: torch.dtype, head_dim: int, *, softcap: bool) -> Varia
             "tables_ptr": "*i32",
             "splits_ptr": "*i32",
             "lists_ptr": "*i32",
+            "choices_ptr": "*i32",
+            "chosen_ptr": "*i32",
             "scale": "fp32",
             "softcap": "fp32",
         },
@@ -248,14 +241,21 @@ def decode_variant(dtype: torch.dtype, head_dim: int, *, softcap: bool) -> Varia
             "ROWS": ROWS,
             # 8 KiB of K, and as much of V, for each stage of the pipeline: four programs fit.
             "KEYS": max(16, min(KEY_ALIGNMENT, (1 << 13) // (dim * dtype.itemsize))),
+            "CODE_KEYS": max(16, min(KEY_ALIGNMENT, code_elements // dim)),
             "SPLIT_KEYS": SPLIT_KEYS,
             "KEY_ALIGNMENT": KEY_ALIGNMENT,
             "ITEMSIZE": dtype.itemsize,
             "SOFTCAP": softcap,
             "WIDEN": reads_as_float32(dtype),
+            "FORMATS": formats,
+            "NATIVE_FP8": has_fp8(capability),
+            "CHOOSES": chooses,
+            "COMPENSATED": compensated,
         },
         num_warps=4,
         num_stages=3,
+        max_registers=REGISTERS if dtype.itemsize == 2 and dim <= 128 else None,
+        spill_allowance=spill_allowance(formats, compensated),
     )
 
 
@@ -275,9 +275,14 @@ def decode_attention(
     tables: torch.Tensor,
     splits: torch.Tensor,
     lists: torch.Tensor,
+    choices: torch.Tensor,
+    chosen: torch.Tensor,
+    chosen_group: int,
     num_decodes: int,
     num_programs: int,
     block_size: int,
+    formats: int,
+    compensated: int,
     sm_scale: float,
     softcap: float,
 ) -> None:
@@ -290,7 +295,7 @@ def decode_attention(
         query: [num_q_heads, total_tokens, head_dim] in the cache's dtype.
         sinks: float32 [num_q_heads], learned sink logits; -inf is none.
         arena: uint8 [total_bytes].
-        groups: int64 [num_groups, 2].
+        groups: int64 [num_groups, 9].
         group_heads: int32 [num_groups, 4], of the layer.
         order: int32 [num_kv_heads], of the layer.
         group_of: int32 [num_kv_heads, 2], of the layer.
@@ -298,15 +303,29 @@ def decode_attention(
         tables: int32 [num_groups, num_seqs, 8].
         splits: int32 [num_groups, 2].
         lists: int32 [...].
+        choices: int32 [num_seqs, 4].
+        chosen: int32 [num_decodes, heads, pages], blocks that heads of the chosen group read; empty
+            if all read all.
+        chosen_group: Whose pages are chosen.
         num_decodes: Sequences with one new token, the first ones.
         num_programs: Programs that share the work.
         block_size: Tokens of a page.
+        formats: Set of the formats of pages, a bit each.
+        compensated: Set of the formats of pages that have sums.
         sm_scale: Factor of the logits.
         softcap: Bound of the logits; 0 is none.
     """
     num_q_heads, _, head_dim = query.shape
     group_size = num_q_heads // order.shape[0]
-    decode_variant(query.dtype, head_dim, softcap=softcap > 0).launch(
+    decode_variant(
+        query.dtype,
+        head_dim,
+        softcap=softcap > 0,
+        formats=formats,
+        capability=device_capability(query.device),
+        chooses=chosen.numel() > 0,
+        compensated=compensated,
+    ).launch(
         (num_programs,),
         out,
         partial,
@@ -314,6 +333,9 @@ def decode_attention(
         query,
         sinks,
         arena.view(query.dtype),
+        arena,
+        arena.view(torch.float16),
+        arena.view(torch.float32),
         groups,
         group_heads,
         order,
@@ -321,6 +343,8 @@ def decode_attention(
         tables,
         splits,
         lists,
+        choices,
+        chosen,
         rows.shape[0],
         groups.shape[0],
         num_q_heads,
@@ -328,8 +352,9 @@ def decode_attention(
         query.stride(0),
         query.stride(1),
         block_size.bit_length() - 1,
-        2 * block_size * head_dim,
         partial.shape[1],
+        chosen_group,
+        chosen.shape[2],
         sm_scale,
         softcap,
     )

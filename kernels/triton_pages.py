@@ -2,7 +2,9 @@
 
 Small tables say where things are, all int32 unless said (`triton_tables`, `triton_plan`):
 
-    groups       int64 [num_groups, 2]         base in GROUP_ALIGNMENT_BYTES, pages of a block
+    groups       int64 [num_groups, 9]         in units of SECTION_ALIGNMENT_BYTES: base, a page,
+                                               and where its values, scales, minima, bounds and
+                                               sums begin; pages of a block; number of their format
     group_heads  [num_groups, 4]               of one layer: heads, first in `order`, first page
     order        [num_kv_heads]                of one layer: KV heads, group by group
     group_of     [num_kv_heads, 2]             of one layer: group of a KV head, index in it
@@ -14,28 +16,59 @@ Small tables say where things are, all int32 unless said (`triton_tables`, `trit
     lists        [...]                         pairs (sequence, split) or (sequence, tile), and
                                                block tables
 
-Offsets into the arena are int64: an arena has more than 2**31 elements.
+Offsets into the arena are int64: an arena has more than 2**31 elements. Because the table of groups
+has them in units, the compiler knows what they are multiples of, and loads are wide. A kernel is
+given the arena as elements of K and V, as bytes and as float16: the same memory, of which each
+section is read by its type.
 """
 
 import triton
 import triton.language as tl
 
-from headlong.kernels.layout import GROUP_ALIGNMENT_BYTES
+from headlong.kernels.layout import SECTION_ALIGNMENT_BYTES
+from headlong.kernels.triton_codes import INT4, PLAIN, raised
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-REGION = tl.constexpr(GROUP_ALIGNMENT_BYTES)
+UNIT = tl.constexpr(SECTION_ALIGNMENT_BYTES)
 
+GROUPS_FIELDS = tl.constexpr(9)
 ROWS_FIELDS = tl.constexpr(4)
 TABLES_FIELDS = tl.constexpr(8)
 GROUP_HEADS_FIELDS = tl.constexpr(4)
 
 
 @triton.jit
-def page_base(groups_ptr, group, page, page_elems, ITEMSIZE: tl.constexpr):
-    """Element of the arena where the head's page of block 0 begins, and elements of a block."""
-    region = tl.load(groups_ptr + group * 2) * (REGION // ITEMSIZE)
-    pages = tl.load(groups_ptr + group * 2 + 1)
-    return region + page.to(tl.int64) * page_elems, pages * page_elems
+def load_format(groups_ptr, group):
+    """Number of the format of a group's pages."""
+    return tl.load(groups_ptr + group * GROUPS_FIELDS + 8)
+
+
+@triton.jit
+def locate_page(
+    groups_ptr,
+    group,
+    page,
+    elements_ptr,
+    bytes_ptr,
+    halves_ptr,
+    FORMAT: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+):
+    """Keys, values, scales and minima of a head's page in block 0; units of a block."""
+    fields_ptr = groups_ptr + group * GROUPS_FIELDS
+    size = tl.load(fields_ptr + 1)
+    base = tl.load(fields_ptr) + page.to(tl.int64) * size
+    values = base + tl.load(fields_ptr + 2)
+    if FORMAT == PLAIN:
+        keys_ptr = elements_ptr + base * (UNIT // ITEMSIZE)
+        values_ptr = elements_ptr + values * (UNIT // ITEMSIZE)
+    else:
+        keys_ptr = bytes_ptr + base * UNIT
+        values_ptr = bytes_ptr + values * UNIT
+    scales_ptr = halves_ptr + (base + tl.load(fields_ptr + 3)) * (UNIT // 2)
+    minima_ptr = halves_ptr + (base + tl.load(fields_ptr + 4)) * (UNIT // 2)
+    block_units = tl.load(fields_ptr + 7) * size
+    return keys_ptr, values_ptr, scales_ptr, minima_ptr, block_units
 
 
 @triton.jit
@@ -64,10 +97,27 @@ def load_blocks(positions, wanted, table_ptr, sink_blocks, gone_blocks, block_sh
 
 
 @triton.jit
-def key_offsets(blocks, positions, base, block_elems, block_shift, HEAD_DIM: tl.constexpr):
-    """Element of the arena where the K of each position begins."""
+def row_offsets(
+    blocks,
+    positions,
+    block_units,
+    block_shift,
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+):
+    """Where the row of each position begins, from the beginning of its section in block 0."""
     inside = positions & ((1 << block_shift) - 1)
-    return base + blocks.to(tl.int64) * block_elems + inside * HEAD_DIM
+    size: tl.constexpr = ITEMSIZE if FORMAT == PLAIN else 1
+    row: tl.constexpr = HEAD_DIM // 2 if FORMAT == INT4 else HEAD_DIM
+    return blocks.to(tl.int64) * block_units * (UNIT // size) + inside * row
+
+
+@triton.jit
+def scale_offsets(blocks, positions, block_units, block_shift):
+    """Where the scale of each position's key lies, from the first of its section in block 0."""
+    inside = positions & ((1 << block_shift) - 1)
+    return blocks.to(tl.int64) * block_units * (UNIT // 2) + inside
 
 
 @triton.jit
@@ -95,11 +145,12 @@ def scaled_logits(products, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, total, largest, logits, values):
-    """One step of the running softmax.
+def accumulate(acc, total, largest, logits, values, scales, minima, FORMAT: tl.constexpr):
+    """One step of the running softmax, over values or their codes.
 
     `acc` is the sum of exp2(logit - largest) * value and `total` that of exp2(logit - largest)
-    over the keys so far. A row that has seen no key has largest = -inf.
+    over the keys so far. A row that has seen no key has largest = -inf. The sum of codes is a
+    power of two too large: `lowered` takes it away.
     """
     now = tl.maximum(largest, tl.max(logits, 1))
     # Of a row without a key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN.
@@ -108,6 +159,10 @@ def accumulate(acc, total, largest, logits, values):
     kept = tl.exp2(largest - bound)
     total = total * kept + tl.sum(weights, 1)
     acc = acc * kept[:, None]
+    if FORMAT == INT4:
+        acc += tl.sum(raised(weights, minima, FORMAT), 1)[:, None]
+    if FORMAT != PLAIN:
+        weights = raised(weights, scales, FORMAT)
     acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
     return acc, total, now
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from headlong.kernels.batch import AttentionBatch, GroupBatch
+from headlong.kernels.triton_budget import ChoosingGroup, contexts_read, pack_choices
 
 SPLIT_KEYS = 512
 """Most keys of one program of the decode kernel."""
@@ -32,6 +33,7 @@ class StepShape:
         num_decodes: Sequences with one new token.
         num_tokens: New tokens.
         num_tiles: Tiles of rows of the prefill chunks.
+        chooses: Whether any sequence may choose pages.
     """
 
     num_groups: int
@@ -39,6 +41,7 @@ class StepShape:
     num_decodes: int
     num_tokens: int
     num_tiles: int
+    chooses: bool = False
 
     def sections(self) -> list[tuple[str, tuple[int, ...], int]]:
         """Name, shape and first word of each section but the last, `lists`."""
@@ -47,6 +50,7 @@ class StepShape:
             ("tables", (self.num_groups, self.num_seqs, 8)),
             ("splits", (self.num_groups, 2)),
             ("slots", (self.num_groups, self.num_tokens)),
+            ("choices", (self.num_seqs, 4)),
         ]
         placed: list[tuple[str, tuple[int, ...], int]] = []
         start = 0
@@ -82,6 +86,7 @@ class TritonPlan:
         tables: int32 [num_groups, num_seqs, 8].
         splits: int32 [num_groups, 2].
         slots: int32 [num_groups, total_tokens].
+        choices: int32 [num_seqs, 4].
         lists: int32 [...]; the tiles of prefill chunks come first.
         partial: float32 [items, rows, head_dim], results of splits.
         lse: float32 [items, rows], their log-sum-exp.
@@ -92,6 +97,7 @@ class TritonPlan:
     tables: torch.Tensor
     splits: torch.Tensor
     slots: torch.Tensor
+    choices: torch.Tensor
     lists: torch.Tensor
     partial: torch.Tensor
     lse: torch.Tensor
@@ -112,7 +118,11 @@ def key_span(context_lens: Ints, sink_sizes: Ints, window_sizes: Ints) -> Ints:
 
 
 def pack_step(
-    batch: AttentionBatch, tile_rows: int, group_size: int, num_seqs: int | None = None
+    batch: AttentionBatch,
+    tile_rows: int,
+    group_size: int,
+    num_seqs: int | None = None,
+    choosing: ChoosingGroup | None = None,
 ) -> PackedStep:
     """Lay a batch out.
 
@@ -121,12 +131,14 @@ def pack_step(
         tile_rows: Rows of a tile of the prefill kernel; a row is a token and a query head.
         group_size: Query heads of a KV head.
         num_seqs: Pads a batch of decodes to so many sequences, without context or slots.
+        choosing: The group whose pages are chosen; None if all are read.
 
     Returns:
         The step.
 
     Raises:
-        ValueError: A batch with prefill chunks is to be padded, or is longer than `num_seqs`.
+        ValueError: A batch with prefill chunks is to be padded, or is longer than `num_seqs`; a
+            budget is larger than the choosing group's.
     """
     first_rows = _numpy(batch.cu_seqlens_q)
     num_new = np.diff(first_rows)
@@ -139,12 +151,14 @@ def pack_step(
         )
     contexts = _numpy(batch.context_lens)[order]
     tiles = _prefill_tiles(num_new[order], contexts, num_decodes, tile_rows, group_size)
+    chosen = pack_choices(batch, order, choosing)
     shape = StepShape(
         num_groups=len(batch.groups),
         num_seqs=len(order) + padding,
         num_decodes=num_decodes + padding,
         num_tokens=int(first_rows[-1]) + padding,
         num_tiles=len(tiles),
+        chooses=bool(chosen.any()),
     )
 
     rows = np.zeros((shape.num_seqs, 4), dtype=np.int32)
@@ -156,10 +170,15 @@ def pack_step(
     tables = np.zeros((shape.num_groups, shape.num_seqs, 8), dtype=np.int32)
     splits = np.zeros((shape.num_groups, 2), dtype=np.int32)
     slots = np.full((shape.num_groups, shape.num_tokens), -1, dtype=np.int32)
+    choices = np.zeros((shape.num_seqs, 4), dtype=np.int32)
+    choices[: len(order)] = chosen
     lists: list[Ints] = [tiles.reshape(-1)]
     length = tiles.size
     for index, group in enumerate(batch.groups):
-        pairs = _place_sequences(tables[index, : len(order)], group, order, contexts[:num_decodes])
+        read = contexts
+        if choosing is not None and index == choosing.group:
+            read = contexts_read(contexts, chosen, choosing.block_size)
+        pairs = _place_sequences(tables[index, : len(order)], group, order, read[:num_decodes])
         splits[index] = len(pairs), length
         slots[index, : len(group.slot_mapping)] = _numpy(group.slot_mapping)
         block_tables, lens = _numpy(group.block_tables)[order], _numpy(group.table_lens)[order]
@@ -168,7 +187,7 @@ def pack_step(
         used = block_tables[np.arange(block_tables.shape[1]) < lens[:, None]]
         lists += [pairs.reshape(-1), used]
         length += pairs.size + used.size
-    sections = (rows, tables, splits, slots, np.concatenate(lists))
+    sections = (rows, tables, splits, slots, choices, np.concatenate(lists))
     words = [np.zeros(0, dtype=np.int32)]
     for (_, _, start), section in zip(shape.sections(), sections, strict=True):
         words.append(np.zeros(start - sum(map(len, words)), dtype=np.int32))

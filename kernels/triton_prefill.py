@@ -13,103 +13,31 @@ import torch
 import triton
 import triton.language as tl
 
+from headlong.kernels.triton_chunk import attend_chunk
+from headlong.kernels.triton_codes import NUM_FORMATS, PLAIN, describe_formats
+from headlong.kernels.triton_compensation import (
+    describe_sums,
+    is_compensated,
+    locate_sums,
+    spill_allowance,
+)
 from headlong.kernels.triton_pages import (
     GROUP_HEADS_FIELDS,
     ROWS_FIELDS,
-    accumulate,
-    key_offsets,
-    load_blocks,
+    load_format,
     load_table,
-    page_base,
-    scaled_logits,
-    sees,
+    locate_page,
     with_sink,
 )
+from headlong.kernels.triton_tiles import choose_tiles
 from headlong.kernels.triton_variant import (
     TRITON_DTYPES,
     Variant,
+    device_capability,
+    has_fp8,
     padded_dim,
     reads_as_float32,
 )
-
-MASKED = tl.constexpr(True)
-UNMASKED = tl.constexpr(False)
-
-
-@triton.jit
-def attend_keys(
-    acc,
-    total,
-    largest,
-    query,
-    t,
-    first,
-    last,
-    jump_at,
-    jump,
-    nearest,
-    farthest,
-    sink_size,
-    window_size,
-    arena_ptr,
-    table_ptr,
-    sink_blocks,
-    gone_blocks,
-    base,
-    block_elems,
-    block_shift,
-    page_elems,
-    scale,
-    softcap,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    IS_MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Take in the keys counted from `first` to `last` - 1.
-
-    From the count `jump_at` on, `jump` is added to it. Under the mask only keys are read that some
-    row from position `nearest` to `farthest` sees.
-    """
-    dims = tl.arange(0, DIM)
-    real_dims = dims < HEAD_DIM
-    positions = first + tl.where(first < jump_at, 0, jump) + tl.arange(0, KEYS)
-    wanted = positions <= farthest
-    if IS_MASKED:
-        wanted &= (positions < sink_size) | (positions > nearest - window_size)
-    blocks = load_blocks(positions, wanted, table_ptr, sink_blocks, gone_blocks, block_shift)
-    for key in range(first, last, KEYS):
-        offsets = key_offsets(blocks, positions, base, block_elems, block_shift, HEAD_DIM)
-        here = positions
-        read = wanted
-        positions = key + KEYS + tl.where(key + KEYS < jump_at, 0, jump) + tl.arange(0, KEYS)
-        wanted = positions <= farthest
-        if IS_MASKED:
-            wanted &= (positions < sink_size) | (positions > nearest - window_size)
-        blocks = load_blocks(positions, wanted, table_ptr, sink_blocks, gone_blocks, block_shift)
-        key_ptrs = arena_ptr + offsets[None, :] + dims[:, None]
-        value_ptrs = arena_ptr + offsets[:, None] + page_elems // 2 + dims[None, :]
-        if IS_MASKED:
-            keys = tl.load(key_ptrs, mask=read[None, :] & real_dims[:, None], other=0.0)
-            values = tl.load(value_ptrs, mask=read[:, None] & real_dims[None, :], other=0.0)
-        elif HEAD_DIM == DIM:
-            keys = tl.load(key_ptrs)
-            values = tl.load(value_ptrs)
-        else:
-            keys = tl.load(key_ptrs, mask=real_dims[:, None], other=0.0)
-            values = tl.load(value_ptrs, mask=real_dims[None, :], other=0.0)
-        if WIDEN:
-            keys = keys.to(tl.float32)
-            values = values.to(tl.float32)
-        products = tl.dot(query, keys, input_precision="ieee")
-        logits = scaled_logits(products, scale, softcap, SOFTCAP)
-        if IS_MASKED:
-            seen = sees(t[:, None], here[None, :], sink_size, window_size)
-            logits = tl.where(seen, logits, float("-inf"))
-        acc, total, largest = accumulate(acc, total, largest, logits, values)
-    return acc, total, largest
 
 
 @triton.jit(
@@ -125,7 +53,10 @@ def prefill_kernel(
     out_ptr,
     query_ptr,
     sinks_ptr,
-    arena_ptr,
+    elements_ptr,
+    bytes_ptr,
+    halves_ptr,
+    floats_ptr,
     groups_ptr,
     group_heads_ptr,
     order_ptr,
@@ -140,16 +71,19 @@ def prefill_kernel(
     query_head_stride,
     query_token_stride,
     block_shift,
-    page_elems,
     scale,
     softcap,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    CODE_KEYS: tl.constexpr,
     ITEMSIZE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
+    FORMATS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    COMPENSATED: tl.constexpr,
 ):
     """Program (KV head in the layer's order, tile of rows), longest tiles first within a head."""
     program = tl.program_id(0)
@@ -160,7 +94,6 @@ def prefill_kernel(
     group = tl.load(group_of_ptr + kv_head * 2)
     page = tl.load(group_heads_ptr + group * GROUP_HEADS_FIELDS + 2)
     page += tl.load(group_of_ptr + kv_head * 2 + 1)
-    base, block_elems = page_base(groups_ptr, group, page, page_elems, ITEMSIZE)
     table_ptr, sink_blocks, gone_blocks, sink_size, window_size = load_table(
         tables_ptr, lists_ptr, group, seq, num_seqs
     )
@@ -183,34 +116,26 @@ def prefill_kernel(
     if WIDEN:
         query = query.to(tl.float32)
 
-    # Tiles of keys: sinks to sink_end, the window's edge from left to inner, what every row sees
-    # from inner to diagonal, and the rest to end.
-    end = farthest + 1
-    sink_end = tl.cdiv(tl.minimum(sink_size, end), KEYS) * KEYS
-    left = tl.maximum(tl.maximum(nearest - window_size + 1, 0) // KEYS * KEYS, sink_end)
-    inner = tl.cdiv(tl.maximum(farthest - window_size + 1, 0), KEYS) * KEYS
-    inner = tl.minimum(tl.maximum(inner, left), tl.maximum(tl.cdiv(end, KEYS) * KEYS, left))
-    diagonal = tl.maximum((nearest + 1) // KEYS * KEYS, inner)
-
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    page_format = load_format(groups_ptr, group)
+    has_sums = is_compensated(groups_ptr, group)
+    sums_ptr = locate_sums(groups_ptr, group, page, floats_ptr)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    edge_end = sink_end + inner - left
-    acc, total, largest = attend_keys(
-        acc, total, largest, query, t, 0, edge_end, sink_end, left - sink_end, nearest, farthest,
-        sink_size, window_size, arena_ptr, table_ptr, sink_blocks, gone_blocks, base, block_elems,
-        block_shift, page_elems, scale, softcap, HEAD_DIM, DIM, KEYS, MASKED, SOFTCAP, WIDEN,
-    )  # fmt: skip
-    acc, total, largest = attend_keys(
-        acc, total, largest, query, t, inner, diagonal, 0, 0, nearest, farthest,
-        sink_size, window_size, arena_ptr, table_ptr, sink_blocks, gone_blocks, base, block_elems,
-        block_shift, page_elems, scale, softcap, HEAD_DIM, DIM, KEYS, UNMASKED, SOFTCAP, WIDEN,
-    )  # fmt: skip
-    acc, total, largest = attend_keys(
-        acc, total, largest, query, t, diagonal, end, 0, 0, nearest, farthest,
-        sink_size, window_size, arena_ptr, table_ptr, sink_blocks, gone_blocks, base, block_elems,
-        block_shift, page_elems, scale, softcap, HEAD_DIM, DIM, KEYS, MASKED, SOFTCAP, WIDEN,
-    )  # fmt: skip
+    total = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
+    for form in tl.static_range(NUM_FORMATS):
+        if FORMATS >> form & 1:
+            is_here = (page_format == form) | (1 << form == FORMATS)
+            if is_here:
+                keys_ptr, values_ptr, scales_ptr, minima_ptr, block_units = locate_page(
+                    groups_ptr, group, page, elements_ptr, bytes_ptr, halves_ptr, form, ITEMSIZE
+                )
+                acc, total, largest = attend_chunk(
+                    query, t, nearest, farthest, sink_size, window_size, table_ptr, sink_blocks,
+                    gone_blocks, keys_ptr, values_ptr, scales_ptr, minima_ptr, sums_ptr, has_sums,
+                    block_units, block_shift, scale, softcap, form, HEAD_DIM, DIM, ROWS,
+                    KEYS if form == PLAIN else CODE_KEYS, ITEMSIZE, SOFTCAP, NATIVE_FP8,
+                    COMPENSATED,
+                )  # fmt: skip
 
     sinks = tl.load(sinks_ptr + q_heads, mask=tokens < num_new, other=0.0)
     total = with_sink(total, largest, sinks)
@@ -223,19 +148,29 @@ def prefill_kernel(
 
 
 def prefill_variant(
-    dtype: torch.dtype, head_dim: int, *, softcap: bool, capability: tuple[int, int]
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    softcap: bool,
+    formats: int,
+    capability: tuple[int, int],
+    compensated: int = 0,
 ) -> Variant:
-    """The form of the kernel for a cache's dtype and head size, and a device."""
+    """The form of the kernel for a cache's dtype, head size and formats, and a device."""
     dim, kind = padded_dim(head_dim), f"*{TRITON_DTYPES[dtype]}"
-    rows, keys, num_warps, num_stages = _tiles(dtype, dim, softcap, capability)
+    tiles = choose_tiles(dtype, dim, softcap, formats, capability)
     return Variant(
-        name=f"prefill {TRITON_DTYPES[dtype]} {head_dim}{' softcap' if softcap else ''}",
+        name=f"prefill {TRITON_DTYPES[dtype]} {head_dim}{describe_formats(formats)}"
+        f"{' softcap' if softcap else ''}{describe_sums(compensated)}",
         kernel=prefill_kernel,
         types={
             "out_ptr": kind,
             "query_ptr": kind,
             "sinks_ptr": "*fp32",
-            "arena_ptr": kind,
+            "elements_ptr": kind,
+            "bytes_ptr": "*u8",
+            "halves_ptr": "*fp16",
+            "floats_ptr": "*fp32",
             "groups_ptr": "*i64",
             "group_heads_ptr": "*i32",
             "order_ptr": "*i32",
@@ -249,53 +184,20 @@ def prefill_variant(
         constants={
             "HEAD_DIM": head_dim,
             "DIM": dim,
-            "ROWS": rows,
-            "KEYS": keys,
+            "ROWS": tiles.rows,
+            "KEYS": tiles.keys,
+            "CODE_KEYS": tiles.code_keys,
             "ITEMSIZE": dtype.itemsize,
             "SOFTCAP": softcap,
             "WIDEN": reads_as_float32(dtype),
+            "FORMATS": formats,
+            "NATIVE_FP8": has_fp8(capability),
+            "COMPENSATED": compensated,
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        spill_allowance=spill_allowance(formats, compensated),
     )
-
-
-def _tiles(
-    dtype: torch.dtype, dim: int, softcap: bool, capability: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Rows, keys, warps and stages: the largest tiles that spill next to nothing."""
-    if dtype == torch.float32:
-        # Exact products have no matrix instruction, so registers bound the tile.
-        return _FLOAT32_TILES[dim]
-    # The data centre's GPUs from Hopper on; others have the shared memory of Ampere or less.
-    if capability[0] not in (9, 10):
-        return _AMPERE_TILES[dim]
-    if softcap and dim == 256:
-        return 128, 16, 8, 3
-    return _HOPPER_TILES[dim]
-
-
-_FLOAT32_TILES = {
-    16: (64, 32, 4, 2),
-    32: (32, 32, 4, 2),
-    64: (64, 16, 8, 2),
-    128: (32, 16, 8, 2),
-    256: (16, 16, 8, 2),
-}
-_HOPPER_TILES = {
-    16: (128, 64, 4, 3),
-    32: (128, 64, 4, 3),
-    64: (128, 128, 8, 3),
-    128: (128, 64, 8, 3),
-    256: (128, 32, 8, 2),
-}
-_AMPERE_TILES = {
-    16: (128, 64, 4, 3),
-    32: (128, 64, 4, 3),
-    64: (128, 64, 8, 3),
-    128: (128, 64, 8, 3),
-    256: (64, 32, 8, 2),
-}
 
 
 @torch.library.custom_op("headlong::prefill_attention", mutates_args={"out"})
@@ -313,6 +215,8 @@ def prefill_attention(
     lists: torch.Tensor,
     num_tiles: int,
     block_size: int,
+    formats: int,
+    compensated: int,
     sm_scale: float,
     softcap: float,
 ) -> None:
@@ -323,7 +227,7 @@ def prefill_attention(
         query: [num_q_heads, total_tokens, head_dim] in the cache's dtype.
         sinks: float32 [num_q_heads], learned sink logits; -inf is none.
         arena: uint8 [total_bytes].
-        groups: int64 [num_groups, 2].
+        groups: int64 [num_groups, 9].
         group_heads: int32 [num_groups, 4], of the layer.
         order: int32 [num_kv_heads], of the layer.
         group_of: int32 [num_kv_heads, 2], of the layer.
@@ -332,13 +236,20 @@ def prefill_attention(
         lists: int32 [...], beginning with (sequence, tile) pairs.
         num_tiles: Number of those pairs.
         block_size: Tokens of a page.
+        formats: Set of the formats of pages, a bit each.
+        compensated: Set of the formats of pages that have sums.
         sm_scale: Factor of the logits.
         softcap: Bound of the logits; 0 is none.
     """
     num_q_heads, _, head_dim = query.shape
     num_kv_heads = order.shape[0]
     variant = prefill_variant(
-        query.dtype, head_dim, softcap=softcap > 0, capability=device_capability(query.device)
+        query.dtype,
+        head_dim,
+        softcap=softcap > 0,
+        formats=formats,
+        capability=device_capability(query.device),
+        compensated=compensated,
     )
     variant.launch(
         (num_tiles * num_kv_heads,),
@@ -346,6 +257,9 @@ def prefill_attention(
         query,
         sinks,
         arena.view(query.dtype),
+        arena,
+        arena.view(torch.float16),
+        arena.view(torch.float32),
         groups,
         group_heads,
         order,
@@ -360,7 +274,6 @@ def prefill_attention(
         query.stride(0),
         query.stride(1),
         block_size.bit_length() - 1,
-        2 * block_size * head_dim,
         sm_scale,
         softcap,
     )
@@ -369,8 +282,3 @@ def prefill_attention(
 @prefill_attention.register_fake
 def _(*arguments: torch.Tensor | int | float) -> None:
     return None
-
-
-def device_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; the interpreter runs what a Hopper device would."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

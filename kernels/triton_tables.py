@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headlong.kernels.layout import GROUP_ALIGNMENT_BYTES, ArenaLayout
+from headlong.kernels.layout import SECTION_ALIGNMENT_BYTES, ArenaLayout
+from headlong.kernels.triton_codes import page_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,27 @@ class LayerTables:
 
 
 def build_group_table(layout: ArenaLayout, device: torch.device) -> torch.Tensor:
-    """Base of each group's region and pages of its blocks, int64 [num_groups, 2]."""
+    """Where each group's pages and their sections lie, int64 [num_groups, 9]."""
     rows = [
-        (base // GROUP_ALIGNMENT_BYTES, pages)
-        for base, pages in zip(layout.group_bases, layout.group_pages, strict=True)
+        (
+            *(
+                offset // SECTION_ALIGNMENT_BYTES
+                for offset in (
+                    base,
+                    page.page_bytes,
+                    page.values_at,
+                    page.scales_at,
+                    page.minima_at,
+                    page.bounds_at,
+                    page.sums_at,
+                )
+            ),
+            block_pages,
+            page_format(page),
+        )
+        for base, block_pages, page in zip(
+            layout.group_bases, layout.group_pages, layout.pages, strict=True
+        )
     ]
     return torch.tensor(rows, dtype=torch.int64, device=device)
 

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-DIVISIBLE = ("page_elems", "_stride")
+DIVISIBLE = ("_stride",)
 """Ends of names of integer arguments that are multiples of 16, which makes wide loads possible."""
 
 
@@ -33,6 +33,9 @@ class Variant:
         constants: Constexpr arguments.
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline.
+        max_registers: Most registers of a thread, so that several programs share a multiprocessor;
+            None is as many as there are.
+        spill_allowance: Bytes that a thread may spill beyond what others may.
     """
 
     name: str
@@ -41,12 +44,20 @@ class Variant:
     constants: Mapping[str, object]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    spill_allowance: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How Triton is to compile it."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
     def launch(self, grid: tuple[int, ...], *arguments: object) -> None:
         """Run it; the arguments are those before the constants, in order."""
-        self.kernel[grid](
-            *arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[grid](*arguments, **self.constants, **self.options)
 
     def signature(self) -> dict[str, str]:
         """Type of every argument, as `triton.compile` wants it."""
@@ -62,6 +73,16 @@ class Variant:
             for index, (name, kind) in enumerate(self.signature().items())
             if kind.startswith("*") or (kind == "i32" and name.endswith(DIVISIBLE))
         ]
+
+
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; the interpreter runs what a Hopper device would."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def has_fp8(capability: tuple[int, int]) -> bool:
+    """Whether there are instructions that convert float8 e4m3."""
+    return capability >= (8, 9)
 
 
 def is_interpreted() -> bool:

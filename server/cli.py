@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+import headlong.server.engine.quiet_libraries  # noqa: F401
 from headlong.server.commands.bench import bench_app
 from headlong.server.commands.evaluate import evaluate
 from headlong.server.commands.options import takes_settings

@@ -13,10 +13,17 @@ from headlong.server.api.schemas_status import (
     PrefixCacheStatus,
     Status,
     ThroughputStatus,
+    TierStatus,
 )
 from headlong.server.api.serving import Serving
 from headlong.server.api.usage import hide_salts
-from headlong.server.engine.status import CanaryStats, EngineInfo, EngineStats
+from headlong.server.engine.status import (
+    CanaryStats,
+    EngineInfo,
+    EngineStats,
+    TierStats,
+    group_blocks,
+)
 from headlong.server.http_errors import error_docs
 from headlong.server.telemetry.recent import RecentFigures
 
@@ -60,6 +67,7 @@ def status_router(serving: Serving, recent: RecentFigures) -> APIRouter:
                 full_bytes=stats.kv_bytes_full,
                 saved_bytes=stats.kv_bytes_full - stats.kv_bytes_owned,
             ),
+            tiers=_tiers(stats.tiers),
             canary=_canary(stats.canary),
         )
 
@@ -67,9 +75,6 @@ def status_router(serving: Serving, recent: RecentFigures) -> APIRouter:
 
 
 def _groups(info: EngineInfo, stats: EngineStats) -> list[HeadGroupStatus]:
-    # Before the engine's first report its stats have no entries.
-    none = (0,) * len(info.groups)
-    owned_blocks, cached_blocks = stats.owned_blocks or none, stats.cached_blocks or none
     return [
         HeadGroupStatus(
             name=group.name,
@@ -77,12 +82,12 @@ def _groups(info: EngineInfo, stats: EngineStats) -> list[HeadGroupStatus]:
             window_size=group.window_size,
             num_heads=group.num_heads,
             num_blocks=group.num_blocks,
-            owned_blocks=owned,
-            cached_blocks=cached,
-            free_blocks=group.num_blocks - owned - cached,
+            owned_blocks=blocks.owned,
+            cached_blocks=blocks.cached,
+            free_blocks=blocks.free,
             block_bytes=group.block_bytes,
         )
-        for group, owned, cached in zip(info.groups, owned_blocks, cached_blocks, strict=True)
+        for group, blocks in zip(info.groups, group_blocks(info, stats), strict=True)
     ]
 
 
@@ -114,6 +119,17 @@ def _prefix_cache(stats: EngineStats) -> PrefixCacheStatus:
         hit_rate=hits / queries if queries else None,
         # One tenant could watch here whether another has its prompt.
         misses_total=hide_salts(stats.prefix_misses_total),
+    )
+
+
+def _tiers(stats: TierStats) -> TierStatus:
+    return TierStatus(
+        host_bytes=stats.host_bytes,
+        disk_bytes=stats.disk_bytes,
+        loaded_tokens_total=stats.loaded_tokens,
+        recomputed_tokens_total=stats.recomputed_tokens,
+        resumes_total=dict(stats.resumes),
+        lost_blocks_total=dict(stats.lost_blocks),
     )
 
 

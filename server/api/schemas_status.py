@@ -105,6 +105,26 @@ class CanaryStatus(ResponseModel):
     skipped: dict[str, int]
 
 
+class TierStatus(ResponseModel):
+    """What the cache keeps beyond the KV cache's own memory.
+
+    Attributes:
+        host_bytes: Bytes of blocks in the host's memory.
+        disk_bytes: Bytes of blocks in files.
+        loaded_tokens_total: Tokens that were loaded, and not computed.
+        recomputed_tokens_total: Tokens that the host had, computed anew because that was quicker.
+        resumes_total: Requests that came back after a preemption, by how.
+        lost_blocks_total: Blocks that were lost, by reason.
+    """
+
+    host_bytes: int
+    disk_bytes: int
+    loaded_tokens_total: int
+    recomputed_tokens_total: int
+    resumes_total: dict[str, int]
+    lost_blocks_total: dict[str, int]
+
+
 class Status(ResponseModel):
     """The server at one moment, for people; `/metrics` has the same for monitoring.
 
@@ -147,4 +167,5 @@ class Status(ResponseModel):
     latency: LatencyStatus
     prefix_cache: PrefixCacheStatus
     kv_cache: KVCacheStatus
+    tiers: TierStatus
     canary: CanaryStatus

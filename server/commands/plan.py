@@ -32,9 +32,14 @@ PLAN_SETTINGS = (
     "sink_size",
     "window_size",
     "dtype",
+    "quantization",
     "gpu_memory_utilization",
     "block_size",
+    "arena_balance",
     "kv_policy_tokens",
+    "kv_cache_dtype",
+    "compensation",
+    "retrieval_budget",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -63,17 +68,6 @@ def plan(
         int | None,
         typer.Option(help="Size of the KV cache, in place of what a GPU leaves for it."),
     ] = None,
-    kv_cache_dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto (as the layers make K and V), float32, bfloat16, float16; or fp8, int8, "
-            "int4, with a float16 scale for each token and head, as a projection."
-        ),
-    ] = "auto",
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Weights in int8wo, int4wo or fp8, as a projection. Default: none."),
-    ] = None,
     lengths: Annotated[
         str,
         typer.Option(help="Lengths for which sequences are counted, separated by commas."),
@@ -90,8 +84,7 @@ def plan(
     a GPU are needed; the arithmetic is the engine's own.
 
     --sparsity without a profile deals streaming heads evenly to the layers, with DuoAttention's
-    sink of 128 and window of 256 tokens; with neither, every head keeps its full cache. Dtypes and
-    quantisations that this engine does not serve are projections, and said to be.
+    sink of 128 and window of 256 tokens; with neither, every head keeps its full cache.
     """
     if plot is not None and not plot.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {plot}: its folder does not exist", "plot")
@@ -108,8 +101,6 @@ def plan(
                 config=config,
                 gpu=None if gpu is None else find_gpu(gpu),
                 even=even,
-                kv_cache_dtype=kv_cache_dtype,
-                quantization=quantization,
                 lengths=wanted,
             )
         )

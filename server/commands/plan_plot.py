@@ -29,11 +29,6 @@ def plan_png(sizing: Sizing) -> bytes:
     _draw_memory(top, sizing)
     _draw_sequences(bottom, sizing)
     figure.suptitle(title(sizing), fontsize=11, fontweight="bold", x=0.012, ha="left")
-    if not sizing.supported_by_engine:
-        figure.supxlabel(
-            "A projection: the engine does not serve this dtype or quantisation yet.",
-            fontsize=8.5, color=ORANGE, x=0.99, ha="right",
-        )  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, facecolor="white")
     return buffer.getvalue()

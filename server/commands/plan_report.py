@@ -6,6 +6,7 @@ from rich.table import Table
 
 from headlong.server.engine.describe import format_bytes
 from headlong.server.engine.sizing import CacheSizing, Sizing
+from headlong.server.engine.weight_quantisation import describe_quantisation
 from headlong.server.engine.weights import dtype_name
 
 Json = dict[str, object]
@@ -29,9 +30,10 @@ def plan_json(sizing: Sizing) -> Json:
         "gpu": None if gpu is None else {"name": gpu.name, "total_bytes": gpu.total_bytes},
         "gpu_memory_utilization": None if gpu is None else sizing.utilization,
         "dtype": dtype_name(model.dtype),
-        "quantization": request.quantization,
+        "quantization": config.quantization,
         "kv_cache_dtype": kv_dtype_name(sizing),
-        "supported_by_engine": sizing.supported_by_engine,
+        "compensation": config.compensation,
+        "retrieval_budget": config.retrieval_budget,
         "profile": config.profile,
         "sparsity": streaming_fraction(sizing),
         "labels": "profile" if config.profile else ("even" if even is not None else "full"),
@@ -82,7 +84,7 @@ def title(sizing: Sizing) -> str:
     request, model = sizing.request, sizing.model
     config = request.config
     place = "" if request.gpu is None else f" on {request.gpu.name}"
-    weights = request.quantization or dtype_name(model.dtype)
+    weights = config.quantization or dtype_name(model.dtype)
     return (
         f"{config.model}{place}: {model.config.model_type}, {sizing.num_parameters / 1e9:.3g} B "
         f"parameters in {weights}, KV cache in {kv_dtype_name(sizing)}"
@@ -166,10 +168,9 @@ def notes(sizing: Sizing) -> Iterator[str]:
     """What a reader of the figures has to know, one sentence a line."""
     request, model = sizing.request, sizing.model
     config = request.config
-    if not sizing.supported_by_engine:
-        yield (
-            f"A projection: this engine does not serve {' and '.join(_unsupported(sizing))} yet."
-        )
+    if config.quantization is not None:
+        told = describe_quantisation(config.quantization, request.processor, model.dtype)
+        yield f"--quantization {config.quantization}: {told}."
     if request.even is not None:
         yield (
             f"Without a profile {request.even.sparsity:g} of the KV heads are taken to stream, "
@@ -211,17 +212,9 @@ def _all(sizing: Sizing) -> Iterator[CacheSizing]:
     yield from (sizing.own, sizing.full_cache)
 
 
-def _unsupported(sizing: Sizing) -> Iterator[str]:
-    if sizing.request.quantization is not None:
-        yield f"{sizing.request.quantization} weights"
-    if kv_dtype_name(sizing) != dtype_name(sizing.model.geometry.kv_dtype):
-        own = dtype_name(sizing.model.dtype)
-        yield f"a KV cache of {kv_dtype_name(sizing)} in a model of {own}"
-
-
 def kv_dtype_name(sizing: Sizing) -> str:
     """What K and V are stored in."""
-    asked = sizing.request.kv_cache_dtype
+    asked = sizing.request.config.kv_cache_dtype
     return dtype_name(sizing.own.shape.dtype) if asked == "auto" else asked
 
 

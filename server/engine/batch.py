@@ -8,17 +8,20 @@ import torch
 
 from headlong.cache.block_table import BlockTable
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.batch import AttentionBatch, GroupBatch
+from headlong.kernels.batch import AttentionBatch, GroupBatch, SelectionBatch
 
 
 def build_attention_batch(
-    caches: Sequence[SequenceCache], num_new: Sequence[int]
+    caches: Sequence[SequenceCache],
+    num_new: Sequence[int],
+    selection: SelectionBatch | None = None,
 ) -> AttentionBatch:
     """Tables of a ragged batch.
 
     Args:
         caches: Each sequence's tables, already extended by its new tokens.
         num_new: New tokens of each sequence.
+        selection: What of its pages each sequence reads; None if all read all.
 
     Returns:
         The batch, sequences in the given order, in the memory of the CPU.
@@ -34,6 +37,7 @@ def build_attention_batch(
             _group_batch(tables, positions, owners)
             for tables in zip(*(cache.tables for cache in caches), strict=True)
         ),
+        selection=selection,
     )
 
 

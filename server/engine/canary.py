@@ -1,9 +1,12 @@
 """What compression costs on real traffic: finished requests scored again over the full cache.
 
-While the engine is idle, a share of the finished requests runs once more, with what its heads kept
-and with the full cache, chunk by chunk side by side. For every token of the completion the two
-distributions are compared. A request that comes waits for one chunk at most; then the work makes
-way, and starts over later.
+While the engine is idle, a share of the finished requests runs once more, as it was served and with
+heads that keep and read everything, side by side. For every token of the completion the two
+distributions are compared. What was decoded under a retrieval budget is decoded so again, token by
+token. A request that comes waits for one chunk at most; then the work makes way, and starts over
+later.
+
+Both run over the same arena: what the format of its pages costs is in both, and shows in neither.
 """
 
 import random
@@ -19,7 +22,7 @@ from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
 from headlong.server.engine.device import free_memory, is_out_of_memory
-from headlong.server.engine.runner import Runner
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import CanarySkip, CanaryStats
 from headlong.server.engine.token_scores import PagedForward
@@ -51,26 +54,26 @@ class Canary:
     """Scores finished requests in pieces.
 
     Args:
-        runner: Computes with the model, over the cache's arena.
+        forward: Computes over the cache.
         cache: Where the requests ran, and where they run again.
-        max_model_len: Most tokens of a request.
+        rule: When generated tokens chose pages; None if they read everything.
         rate: Fraction of the finished requests to score.
         seed: Of the choice.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        forward: PagedForward,
         cache: KVCache,
-        max_model_len: int,
+        rule: SelectionRule | None,
         *,
         rate: float,
         seed: int,
     ) -> None:
-        self._device = runner.model.device
         self._cache = cache
         self._full = cache.policies(RETRIEVAL)
-        self._forward = PagedForward(runner, cache, max_model_len)
+        self._forward = forward
+        self._rule = rule
         self._rate = rate
         self._random = random.Random(seed)
         self._pending: deque[_Finished] = deque()
@@ -83,7 +86,7 @@ class Canary:
         """Let chance decide whether a finished sequence is scored."""
         if self._rate == 0.0 or self._random.random() >= self._rate:
             return
-        if sequence.policies == self._full:
+        if sequence.policies == self._full and not self._chose_pages(sequence):
             self._skip("full_already")
         elif len(self._pending) >= MAX_PENDING:
             self._skip("busy")
@@ -91,6 +94,13 @@ class Canary:
             self._pending.append(
                 _Finished(list(sequence.token_ids), sequence.num_prompt_tokens, sequence.policies)
             )
+
+    def _chose_pages(self, sequence: Sequence) -> bool:
+        # The last token of a completion is never computed.
+        computed = len(sequence.token_ids) - 1
+        return self._rule is not None and computed > self._rule.dense_tokens(
+            sequence.num_prompt_tokens
+        )
 
     def step(self) -> bool:
         """Run a piece.
@@ -112,7 +122,7 @@ class Canary:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            free_memory(self._device)
+            free_memory(self._forward.device)
             self._drop("out_of_memory")
         return True
 
@@ -150,16 +160,25 @@ class Canary:
         sums = _Sums()
         with ExitStack() as stack:
             served, full = (
-                stack.enter_context(closing(self._forward.logits(tokens, policies, since=first)))
-                for policies in (finished.policies, self._full)
+                stack.enter_context(
+                    closing(self._forward.logits(tokens, policies, first, num_prompt_tokens))
+                )
+                for policies, num_prompt_tokens in (
+                    (finished.policies, finished.num_prompt_tokens),
+                    (self._full, None),
+                )
             )
+            reference: torch.Tensor | None = None
             for own in served:
                 # A request that comes waits for a chunk of one of them, not of both.
                 yield
-                reference = next(full)
-                if len(own):
-                    _compare(own, reference, sums)
-                yield
+                # Where one decodes, the other's chunks are longer.
+                while reference is None or len(reference) < len(own):
+                    more = next(full)
+                    reference = more if reference is None else torch.cat([reference, more])
+                    yield
+                _compare(own, reference[: len(own)], sums)
+                reference = reference[len(own) :] if len(reference) > len(own) else None
         return sums
 
     def _note(self, sums: _Sums) -> None:

@@ -79,6 +79,7 @@ class Counters:
             num_waiting=len(scheduler.waiting) + parked + num_preparing,
             owned_blocks=cache.owned_blocks,
             cached_blocks=cache.cached_blocks,
+            free_blocks=cache.free_blocks,
             kv_bytes_owned=cache.owned_bytes,
             kv_bytes_full=sum(map(plan.full_sequence_bytes, lengths)),
             prompt_tokens_total=self.prompt_tokens,
@@ -93,4 +94,5 @@ class Counters:
             step_s_total=self.step_s_total,
             model_s_total=self.model_s_total,
             canary=canary,
+            tiers=scheduler.prefixes.stats(),
         )

@@ -3,7 +3,7 @@
 import os
 from typing import Protocol
 
-from headlong.cache.capacity import MemoryPlan
+from headlong.cache.capacity import CacheShape, MemoryPlan
 from headlong.cache.groups import STREAMING, HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.profiling.head_map import head_map_lines, head_summary
@@ -64,10 +64,11 @@ class Described(Protocol):
 
 
 def describe(engine: Described) -> list[str]:
-    """Where it runs; head map, one line a layer; memory plan; what a full cache would need."""
+    """Where it runs and what it saves; head map, a line a layer; memory plan; a full cache's."""
     labels = retrieval_labels(engine.groups, engine.model.geometry)
     return [
         _device_line(engine),
+        *_feature_lines(engine.config, engine.plan.shape),
         f"head map: {head_summary(labels)}",
         *(f"  {line}" for line in head_map_lines(labels)),
         *_memory_lines(engine.plan, engine.max_model_len),
@@ -105,6 +106,7 @@ def engine_info(engine: Described) -> EngineInfo:
             for group, num_blocks in zip(engine.groups, engine.plan.num_blocks, strict=True)
         ),
         full_token_bytes=shape.full_token_bytes,
+        kv_bytes=engine.plan.arena_bytes if engine.plan.num_slabs else 0,
         device=str(model.device),
         dtype=dtype_name(model.dtype),
         lines=tuple(describe(engine)),
@@ -161,6 +163,39 @@ def _device_line(engine: Described) -> str:
     )
 
 
+def _feature_lines(config: EngineConfig, shape: CacheShape) -> list[str]:
+    """What of K and V is stored or read in less than full, or kept elsewhere; a line each."""
+    lines: list[str] = []
+    kinds = tuple(dict.fromkeys(group.kind for group in shape.groups))
+    if any(kind in shape.formats for kind in kinds):
+        own = dtype_name(shape.dtype)
+        named = (
+            f"{kind} in {shape.formats[kind].name if kind in shape.formats else own}"
+            for kind in kinds
+        )
+        lines.append(f"KV cache format: {', '.join(named)}")
+    if shape.compensated and STREAMING in kinds:
+        lines.append("compensation: streaming heads keep one entry for all tokens that they drop")
+    if config.retrieval_budget is not None:
+        steps = config.selection_reuse_steps
+        chosen = "for each token" if steps == 1 else f"for {steps} tokens at once"
+        if config.selection_min_similarity is not None:
+            chosen += (
+                f", anew where the query's cosine is below {config.selection_min_similarity:g}"
+            )
+        lines.append(
+            f"page selection: a generated token reads at most {config.retrieval_budget} tokens in "
+            f"a retrieval head, chosen {chosen}"
+        )
+    if config.host_cache_bytes:
+        more = f"host cache: {format_bytes(config.host_cache_bytes)} for blocks beyond the KV cache"
+        if config.disk_cache_dir is not None:
+            most = format_bytes(config.disk_cache_bytes)
+            more += f", then files in {config.disk_cache_dir}, {most} at most"
+        lines.append(more)
+    return lines
+
+
 def _memory_lines(plan: MemoryPlan, max_model_len: int) -> list[str]:
     shape = plan.shape
     lines = [f"memory plan: {format_bytes(plan.arena_bytes)} of KV cache, all allocated"]
@@ -172,10 +207,19 @@ def _memory_lines(plan: MemoryPlan, max_model_len: int) -> list[str]:
             if policy.keeps_all
             else f"sink {policy.sink_size} + window {policy.window_size} tokens"
         )
+        share = (
+            f"up to {blocks:>8} blocks of {shape.block_size}"
+            if plan.num_slabs
+            else f"{blocks:>8} blocks of {shape.block_size}  "
+            f"{format_bytes(blocks * shape.block_bytes(group)):>10}"
+        )
         lines.append(
             f"  {group.name:<14} {len(group.members):>5} heads  {keeps:<34} "
-            f"{token_bytes:>8} B/token  {blocks:>8} blocks of {shape.block_size}  "
-            f"{format_bytes(blocks * shape.block_bytes(group)):>10}"
+            f"{token_bytes:>8} B/token  {share}"
+        )
+    if plan.num_slabs:
+        lines.append(
+            f"  they share all of it, in {plan.num_slabs} slabs of {format_bytes(plan.slab_bytes)}"
         )
     if shape.wide_tokens and any(group.name == STREAMING for group in shape.groups):
         lines.append(

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from headlong.cache.kv_cache import KVCache
+from headlong.cache.tiered_cache import TieredCache
 from headlong.server.engine.canary import Canary
 from headlong.server.engine.counters import Counters
 from headlong.server.engine.describe import engine_info
@@ -35,9 +36,12 @@ from headlong.server.engine.requests import Requests
 from headlong.server.engine.runner import LocalRunner, Runner
 from headlong.server.engine.sampler import SampledToken, sample
 from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import EngineInfo, EngineStats
+from headlong.server.engine.tiers import check_folder, open_tiers
 from headlong.server.engine.token_reports import TokenReporter
+from headlong.server.engine.token_scores import PagedForward
 from headlong.server.engine.warm_up import warm_up
 from headlong.server.errors import ConfigError, InvalidRequestError
 
@@ -74,6 +78,7 @@ class Engine:
         on_rank_death: OnDeath | None = None,
     ) -> None:
         self.config = config
+        check_folder(config)
         device = choose_device(config)
         if model is not None and model.device != device:
             raise ConfigError(f"the model is on {model.device}, and not on {device}", "device")
@@ -102,30 +107,41 @@ class Engine:
         self.arena = opened.runner.arena
         self.groups, self.plan = opened.groups, opened.plan
         self.max_model_len = self.plan.max_sequence_tokens
-        self.cache = KVCache(
+        # With the ranks' arenas apart, blocks have no one place to be copied from.
+        make_cache = KVCache if config.host_cache_bytes == 0 else TieredCache
+        self.cache = make_cache(
             self.groups,
             opened.layout,
             prefix_caching=config.enable_prefix_caching,
             namespace=prefix_namespace(config, self.model, self.groups),
+            copy_blocks=runner.copy_blocks,
+            wide_tokens=self.plan.shape.wide_tokens,
         )
         assert self.cache.fits(self.max_model_len), "a sequence that cannot run would wait for ever"
         self.scheduler = Scheduler(self.cache, config)
         self.before_forward: Callable[[Many[str]], None] | None = None
         self._runner = runner
-        self._forward = PackedForward(runner)
+        self._rule = SelectionRule.of(config)
+        self._forward = PackedForward(runner, self._rule)
         self._canary = Canary(
-            runner, self.cache, self.max_model_len, rate=config.canary_rate, seed=config.seed
+            self.reader(), self.cache, self._rule, rate=config.canary_rate, seed=config.seed
         )
         planner = RequestPlanner(self.cache, config, self.max_model_len, self.model.vocab_size)
         self._requests = Requests(planner, self.scheduler, self.model, config.seed)
         self._reporter = TokenReporter(self.tokenizer)
         self._counters = Counters()
+        self._tiers = open_tiers(config, self.arena)
         warm_up(self)
         self._forget()
+        if self._tiers is not None:
+            assert isinstance(self.cache, TieredCache)
+            self.cache.attach(self._tiers.blocks)
         self._capture_graphs()
 
     def close(self) -> None:
-        """End the other ranks, if there are any. No step runs after this."""
+        """End the other ranks and threads, if there are any. No step runs after this."""
+        if self._tiers is not None:
+            self._tiers.close()
         if self._ranks is not None:
             self._ranks.close()
 
@@ -137,7 +153,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return len(self._requests) > 0
+        return len(self._requests) > 0 or self.scheduler.prefixes.loads
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -171,6 +187,10 @@ class Engine:
         """Forget a request and free its blocks; one that is not known is no error."""
         self._requests.drop(request_id)
 
+    def reader(self) -> PagedForward:
+        """What reads one text at a time over the cache, as long as nothing runs."""
+        return PagedForward(self._runner, self.cache, self.max_model_len, rule=self._rule)
+
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Run one batch.
@@ -192,7 +212,7 @@ class Engine:
         if self.has_work:
             return False
         with current(self.model.device):
-            return self._canary.step()
+            return self._canary.step() or self.scheduler.prefixes.copy_ahead()
 
     def _step(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
@@ -200,10 +220,18 @@ class Engine:
             outputs += self._fail(*failure)
         chunks = self.scheduler.schedule()
         if not chunks:
+            self.scheduler.prefixes.wait()
             return outputs
         self._counters.note_chunks(chunks)
         outputs += [self._started(sequence) for sequence in self.scheduler.take_started()]
-        return outputs + self._run(chunks)
+        start = time.perf_counter()
+        outputs += self._run(chunks)
+        self.scheduler.prefixes.note_step(
+            self._counters.step_prefill_tokens,
+            self._counters.step_decode_tokens,
+            time.perf_counter() - start,
+        )
+        return outputs
 
     def _run(self, chunks: list[ScheduledChunk]) -> list[RequestOutput]:
         """Run the model over all chunks at once, or half by half if there is no memory for that.
@@ -347,6 +375,7 @@ class Engine:
         """Leave no trace of the warm-up in the prefix cache and in the figures."""
         self.cache.forget_prefixes()
         self._canary.forget()
+        self.scheduler.prefixes.forget_rates()
         self._counters = Counters()
 
     def _capture_graphs(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import headlong.server.engine.quiet_libraries  # noqa: F401
 from headlong.server.engine.messages import Failed, Fault, Stop, encode, read_frames
 from headlong.server.engine.rank_messages import (
     CopyBlocks,

@@ -1,5 +1,6 @@
 """From a model and a head profile to head groups."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 from headlong.cache.groups import HeadGroup, build_head_groups
@@ -7,6 +8,7 @@ from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.profiling.formats import load_head_profile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.fingerprint import weights_fingerprint
 from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
 from headlong.server.errors import ConfigError
 
@@ -64,8 +66,16 @@ def retrieval_labels(groups: tuple[HeadGroup, ...], geometry: ModelGeometry) -> 
 def prefix_namespace(
     config: EngineConfig, model: LoadedModel, groups: tuple[HeadGroup, ...]
 ) -> bytes:
-    """What determines K and V beside a sequence's tokens and policies: the prefix cache's root."""
+    """What determines K and V beside a sequence's tokens and policies: the prefix cache's root.
+
+    Blocks that outlive the process are told apart by the weights themselves, and by whose code
+    made them.
+    """
+    lasting: tuple[str, ...] = ()
+    if config.disk_cache_dir is not None:
+        lasting = (weights_fingerprint(model.module), version("headlong"), version("transformers"))
     identity = (
+        lasting,
         config.model,
         config.revision,
         str(model.dtype),

@@ -12,7 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from headlong.server.engine.weight_bytes import stored_tensors
+
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
+_INT4_MM = torch.ops.aten._weight_int4pack_mm.default
+_ROWS_OF_A_TILE = 8
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -66,11 +70,18 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def _tensors(values: object) -> list[torch.Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
+    leaves = (each for each in tree_leaves(values) if isinstance(each, torch.Tensor))
+    # A quantised weight has no memory itself, but its codes and scales have.
+    return [stored for each in leaves for stored in stored_tensors(each)]
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if func is not _GROUPED_MM or args[0].device.type != "meta":
+    on_meta = bool(args) and isinstance(args[0], torch.Tensor) and args[0].device.type == "meta"
+    if on_meta and func is _INT4_MM:
+        # PyTorch's own shape rule asks the weights for a device that only fake tensors have.
+        rows, tiles = args[0].shape[0], args[1].shape[0]
+        return args[0].new_empty(rows, tiles * _ROWS_OF_A_TILE)
+    if not on_meta or func is not _GROUPED_MM:
         return func(*args, **kwargs)
     # PyTorch's shape rule for products of experts' matrices takes bfloat16 alone, unlike its
     # kernels; the shapes are the same in every dtype.

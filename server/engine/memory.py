@@ -136,6 +136,7 @@ def cache_shape(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         wide_tokens=config.kv_policy_tokens,
+        in_slabs=config.arena_balance == "slabs" and config.tensor_parallel_size == 1,
         formats=page_formats(config, geometry.kv_dtype),
         summarised=config.retrieval_budget is not None,
         compensated=config.compensation == "on",

@@ -20,6 +20,7 @@ from headlong.kernels.batch import UNBOUNDED
 from headlong.profiling.files import read_json_object
 from headlong.server.engine.attention import ATTENTION_NAME
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.gpus import LEAST_CAPABILITY
 from headlong.server.engine.live_bytes import LiveBytes
 from headlong.server.engine.model import (
     ProbedModel,
@@ -27,10 +28,12 @@ from headlong.server.engine.model import (
     max_context,
     probe_geometry,
 )
+from headlong.server.engine.weight_quantisation import Processor, quantise_shapes
 from headlong.server.engine.weights import make_model, source_of, weights_dtype
 from headlong.server.errors import ConfigError
 
 META = torch.device("meta")
+LEAST_GPU = Processor("cuda", LEAST_CAPABILITY)
 CONFIG_FILE = "config.json"
 NEEDED = ("hidden_size", "num_hidden_layers")
 """What the text model of every checkpoint says of itself."""
@@ -61,13 +64,14 @@ MOST = {
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def meta_model(config: EngineConfig) -> ProbedModel:
+def meta_model(config: EngineConfig, processor: Processor = LEAST_GPU) -> ProbedModel:
     """Build a model without weights, and check that the engine can run it.
 
     Args:
         config: Its `model` is a folder, a configuration file or a hub id; of the rest, `dtype`,
-            `revision` and `trust_remote_code` count. The dtype "auto" is the checkpoint's own, as
-            on a GPU.
+            `quantization`, `revision` and `trust_remote_code` count. The dtype "auto" is the
+            checkpoint's own, as on a GPU.
+        processor: The GPU that is to compute it, which the format of quantised weights depends on.
 
     Returns:
         The model on the meta device.
@@ -85,6 +89,8 @@ def meta_model(config: EngineConfig) -> ProbedModel:
         module.set_attn_implementation(ATTENTION_NAME)
     except Exception as error:  # transformers raises many kinds
         raise _unreadable(config, error) from error
+    if config.quantization is not None:
+        quantise_shapes(module, config.quantization, processor)
     with LiveBytes():
         geometry = probe_geometry(module, META)
     return ProbedModel(

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from headlong.kernels.batch import AttentionBatch
 from headlong.server.engine.batch import build_attention_batch, packed_positions
 from headlong.server.engine.runner import LocalRunner, Runner
 from headlong.server.engine.scheduler import ScheduledChunk
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.engine.token_reports import PromptRows, prompt_rows
 
 if TYPE_CHECKING:
@@ -37,13 +39,15 @@ class PackedForward:
 
     Args:
         runner: Computes them.
+        rule: When tokens choose pages; None if all read everything.
 
     Attributes:
         graphs: The same for steps that only decode, or None.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, rule: SelectionRule | None = None) -> None:
         self._runner = runner
+        self._rule = rule
         self.graphs: DecodeGraphs | None = None
 
     def run(self, chunks: Many[ScheduledChunk]) -> StepLogits:
@@ -58,7 +62,7 @@ class PackedForward:
             tokens += chunk.sequence.token_ids[start : start + chunk.num_tokens]
         token_ids = torch.tensor(tokens)
         positions = torch.from_numpy(packed_positions(starts + counts, counts))
-        batch = build_attention_batch([chunk.cache for chunk in chunks], counts.tolist())
+        batch = self._batch(chunks)
         ends = np.cumsum(counts).tolist()
         complete = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
         scored = [
@@ -78,6 +82,14 @@ class PackedForward:
         sizes = [len(complete), *(len(each.targets) for each in scored)]
         parts = torch.split(logits, sizes)
         return StepLogits(parts[0], list(zip(scored, parts[1:], strict=True)))
+
+    def _batch(self, chunks: Many[ScheduledChunk]) -> AttentionBatch:
+        caches = [chunk.cache for chunk in chunks]
+        counts = [chunk.num_tokens for chunk in chunks]
+        if self._rule is None:
+            return build_attention_batch(caches, counts)
+        prompts = [chunk.sequence.num_prompt_tokens for chunk in chunks]
+        return build_attention_batch(caches, counts, self._rule.batch(caches, counts, prompts))
 
     @torch.inference_mode()
     def capture_graphs(self, runner: LocalRunner, max_num_seqs: int) -> None:

@@ -111,7 +111,8 @@ def open_model(config: EngineConfig, model: LoadedModel) -> OpenedModel:
     """
     groups = plan_heads(config, model)
     plan, layout = plan_arena(config, model, groups)
-    return OpenedModel(groups, plan, layout, open_runner(config, model, groups, layout))
+    runner = open_runner(config, model, groups, layout, plan.max_sequence_tokens)
+    return OpenedModel(groups, plan, layout, runner)
 
 
 def _check_cut(model: LoadedModel) -> None:

@@ -6,29 +6,33 @@ from typing import Literal
 import msgspec
 import torch
 
-from headlong.cache.kv_cache import BlockCopy
-from headlong.kernels.batch import AttentionBatch, GroupBatch
+from headlong.cache.block_copy import BlockCopy
+from headlong.kernels.batch import AttentionBatch, GroupBatch, SelectionBatch
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.messages import Failed, Stop
 
 Stage = Literal["loaded", "opened"]
+TableType = Literal["int32", "int64", "bool"]
 
-_DTYPES = {"int32": torch.int32, "int64": torch.int64}
+_DTYPES: dict[TableType, torch.dtype] = {
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+_NAMES: dict[torch.dtype, TableType] = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Table(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor of integers."""
+    """A tensor of integers, or of truth values."""
 
-    dtype: Literal["int32", "int64"]
+    dtype: TableType
     shape: tuple[int, ...]
     data: bytes
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "Table":
         """Takes a tensor apart."""
-        dtype: Literal["int32", "int64"] = "int32" if tensor.dtype == torch.int32 else "int64"
-        assert tensor.dtype == _DTYPES[dtype]
-        return cls(dtype, tuple(tensor.shape), tensor.numpy().tobytes())
+        return cls(_NAMES[tensor.dtype], tuple(tensor.shape), tensor.numpy().tobytes())
 
     def tensor(self) -> torch.Tensor:
         """Makes it again."""
@@ -62,6 +66,7 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
         cu_seqlens_q: As in `AttentionBatch`.
         context_lens: As in `AttentionBatch`.
         groups: For each head group the tables of a `GroupBatch`, in the order of its fields.
+        selection: The tables of a `SelectionBatch`, in the order of its fields; None without one.
     """
 
     token_ids: Table
@@ -70,6 +75,7 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
     cu_seqlens_q: Table
     context_lens: Table
     groups: list[list[Table]]
+    selection: list[Table] | None = None
 
     @classmethod
     def of(
@@ -86,10 +92,8 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
             Table.of(rows),
             Table.of(batch.cu_seqlens_q),
             Table.of(batch.context_lens),
-            [
-                [Table.of(getattr(group, field.name)) for field in fields(GroupBatch)]
-                for group in batch.groups
-            ],
+            [_tables(group) for group in batch.groups],
+            None if batch.selection is None else _tables(batch.selection),
         )
 
     def batch(self) -> AttentionBatch:
@@ -100,7 +104,16 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
             groups=tuple(
                 GroupBatch(*(table.tensor() for table in tables)) for tables in self.groups
             ),
+            selection=(
+                None
+                if self.selection is None
+                else SelectionBatch(*(table.tensor() for table in self.selection))
+            ),
         )
+
+
+def _tables(batch: GroupBatch | SelectionBatch) -> list[Table]:
+    return [Table.of(getattr(batch, field.name)) for field in fields(batch)]
 
 
 class CopyBlocks(msgspec.Struct, frozen=True, tag="copy"):

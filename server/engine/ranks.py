@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from headlong.cache.kv_cache import BlockCopy
+from headlong.cache.block_copy import BlockCopy
 from headlong.kernels.batch import AttentionBatch
 from headlong.server.engine.device import is_out_of_memory
 from headlong.server.engine.engine_config import EngineConfig

@@ -6,6 +6,7 @@ from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.server.engine.engine_config import UNBOUNDED, EngineConfig
 from headlong.server.engine.request import EngineRequest, KVPolicy
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.engine.sequence import SequencePlan
 from headlong.server.errors import ContextLengthError, InvalidRequestError
 
@@ -25,6 +26,7 @@ class RequestPlanner:
     ) -> None:
         self._cache = cache
         self._config = config
+        self._rule = SelectionRule.of(config)
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._streaming = next(
@@ -51,10 +53,12 @@ class RequestPlanner:
                 "prompt",
             )
         policies = self._cache.policies(self._wider(request.kv_policy))
+        dense_tokens = None if self._rule is None else self._rule.dense_tokens(length)
         return SequencePlan(
             policies=policies,
-            keys=self._cache.keys(policies, request.cache_salt),
+            keys=self._cache.keys(policies, request.cache_salt, dense_tokens),
             max_len=self._max_len(request, policies),
+            dense_tokens=dense_tokens,
         )
 
     def _check_tokens(self, request: EngineRequest) -> None:

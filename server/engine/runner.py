@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from headlong.cache.arena import Arena
+from headlong.cache.block_copy import BlockCopy
 from headlong.cache.groups import HeadGroup
-from headlong.cache.kv_cache import BlockCopy
 from headlong.kernels.backend import AttentionBackend, make_backend
 from headlong.kernels.batch import AttentionBatch
 from headlong.kernels.layout import ArenaLayout
@@ -18,6 +18,7 @@ from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.memory import arena_param
 from headlong.server.engine.model import LoadedModel
 from headlong.server.engine.rank_plan import local_arena
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.errors import ConfigError
 
 
@@ -109,6 +110,7 @@ def open_runner(
     model: LoadedModel,
     groups: tuple[HeadGroup, ...],
     layout: ArenaLayout,
+    max_context: int,
 ) -> LocalRunner:
     """Allocate the arena, or this rank's, and what attends over it.
 
@@ -117,6 +119,7 @@ def open_runner(
         model: The loaded model.
         groups: Its head groups.
         layout: The map of the whole cache.
+        max_context: Longest sequence, in tokens.
 
     Raises:
         ConfigError: There is no memory for the arena, or the backend does not do what the model
@@ -132,8 +135,10 @@ def open_runner(
         ) from error
     num_q_heads = model.geometry.num_q_heads // model.num_ranks
     backend = choose_attention(config, model.device)
+    rule = SelectionRule.of(config)
+    selection = None if rule is None else rule.settings(max_context)
     try:
-        attention = make_backend(backend, arena.memory, local.layout, num_q_heads)
+        attention = make_backend(backend, arena.memory, local.layout, num_q_heads, selection)
     except ValueError as error:
         # A kernel may lack the model's head size or dtype.
         raise ConfigError(

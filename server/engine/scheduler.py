@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from headlong.cache.block_copy import BlockCopy
 from headlong.cache.block_pool import OutOfBlocksError
-from headlong.cache.kv_cache import BlockCopy, KVCache
+from headlong.cache.kv_cache import KVCache
 from headlong.cache.prefix_match import PrefixMatch
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.prefix_source import PrefixChoice, PrefixSource
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.waiting import WaitingQueue
 
@@ -64,6 +66,7 @@ class Scheduler:
         waiting: Sequences that own no blocks.
         running: Sequences that own blocks, the oldest first.
         num_preemptions: Times that blocks were taken from a running sequence.
+        prefixes: Where sequences begin.
     """
 
     def __init__(self, cache: KVCache, config: EngineConfig) -> None:
@@ -74,6 +77,7 @@ class Scheduler:
             1, config.max_num_batched_tokens // 4
         )
         self.num_preemptions = 0
+        self.prefixes = PrefixSource(cache)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self._started: list[Sequence] = []
@@ -93,6 +97,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and free its blocks."""
         self._changed = True
+        self.prefixes.drop(sequence)
         if sequence.cache is not None:
             self.running.remove(sequence)
             self.waiting.leave(sequence)
@@ -101,12 +106,17 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """Choose the step's work and allocate its blocks; empty only if there is no work."""
+        """Choose the step's work and allocate its blocks.
+
+        Empty only if there is no work, or if all that could be done waits for blocks.
+        """
+        if self.prefixes.settle():
+            self._changed = True
         while True:
             chunks = self._decodes()
             self._admit()
             chunks += self._prefills(chunks)
-            if chunks or not self.running:
+            if chunks or not self.running or self.prefixes.loads:
                 return chunks
             # Prompts in progress hold all blocks between them and none can go on.
             self._preempt(self._victim([]))
@@ -160,7 +170,7 @@ class Scheduler:
 
     def _decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
-        for sequence in [each for each in self.running if each.decoding]:
+        for sequence in [each for each in self._ready() if each.decoding]:
             while sequence.cache is not None and self._room(sequence, 1) == 0:
                 self._preempt(self._victim(chunks))
             if sequence.cache is not None:
@@ -171,18 +181,24 @@ class Scheduler:
         if not self._changed:
             return
         self._changed = False
+        self.prefixes.look_ahead(self.waiting)
         passed: list[Sequence] = []
+        # That they wait for the disk makes nobody less important.
+        fetching: list[Sequence] = []
         free_slots = self.max_num_seqs - sum(each.num_slots for each in self.running)
         while free_slots and len(passed) < MAX_TRIES:
-            sequence = self.waiting.next(passed)
+            sequence = self.waiting.next([*passed, *fetching])
             if sequence is None:
                 return
-            match = None
-            fits = sequence.num_slots <= free_slots
-            if fits:
-                match = self._match(sequence)
-                fits = self._fits_beside_running(sequence, match)
-            if not fits:
+            if self.prefixes.awaits_disk(sequence):
+                fetching.append(sequence)
+                continue
+            choice = None
+            if sequence.num_slots <= free_slots:
+                choice = self.prefixes.choose(sequence)
+                if not self._fits_beside_running(sequence, choice.match):
+                    choice = None
+            if choice is None:
                 passed.append(sequence)
                 if sequence.num_passed >= MAX_PASSED:
                     return
@@ -190,7 +206,7 @@ class Scheduler:
             for other in passed:
                 other.num_passed += 1
             self.waiting.admit(sequence)
-            self._begin(sequence, match)
+            self._begin(sequence, choice)
             free_slots -= sequence.num_slots
 
     def _fits_beside_running(self, sequence: Sequence, match: PrefixMatch | None) -> bool:
@@ -199,13 +215,8 @@ class Scheduler:
         wanted = sequence.reservation(match)
         return self.cache.has_room(wanted, (each.reservation() for each in self.running))
 
-    def _match(self, sequence: Sequence) -> PrefixMatch | None:
-        if not sequence.may_share_prefix:
-            return None
-        return self.cache.match(sequence.keys, len(sequence.token_ids))
-
-    def _begin(self, sequence: Sequence, match: PrefixMatch | None) -> None:
-        sequence.cache = self.cache.begin(sequence.policies, match)
+    def _begin(self, sequence: Sequence, choice: PrefixChoice) -> None:
+        sequence.cache, match = self.prefixes.begin(sequence, choice)
         sequence.num_computed_tokens = sequence.cache.num_tokens
         self.running.append(sequence)
         if sequence.started is None:
@@ -218,7 +229,7 @@ class Scheduler:
     def _prefills(self, decodes: list[ScheduledChunk]) -> list[ScheduledChunk]:
         served = {chunk.sequence for chunk in decodes}
         # One that was preempted and admitted again may lack its newest token alone.
-        prompts = [each for each in self.running if each not in served]
+        prompts = [each for each in self._ready() if each not in served]
         budget = self.max_num_batched_tokens - len(decodes)
         if decodes:
             budget = min(budget, self.chunked_prefill_size)
@@ -230,6 +241,10 @@ class Scheduler:
             if room > 0:
                 chunks.append(self._take(sequence, cache, room))
         return chunks
+
+    def _ready(self) -> list[Sequence]:
+        """Running sequences whose blocks have their contents."""
+        return [each for each in self.running if self.prefixes.is_ready(each)]
 
     def _room(self, sequence: Sequence, num_tokens: int) -> int:
         assert sequence.cache is not None
@@ -255,6 +270,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.restart()
+        self.prefixes.note_preempted(sequence)
         self.num_preemptions += 1
         self.waiting.put_back(sequence)
         self._changed = True
@@ -272,7 +288,7 @@ def _share(prompts: list[Sequence], budget: int) -> Iterator[tuple[Sequence, int
     scored_budget = SCORED_TOKENS
     wanted: dict[Sequence, int] = {}
     for sequence in prompts:
-        wanted[sequence] = sequence.num_pending_tokens
+        wanted[sequence] = sequence.num_chunk_tokens
         if sequence.scores_prompt:
             wanted[sequence] = min(wanted[sequence], scored_budget)
             scored_budget -= wanted[sequence]

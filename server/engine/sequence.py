@@ -34,11 +34,14 @@ class SequencePlan:
         policies: What it keeps of each head group.
         keys: Of its blocks in the prefix cache.
         max_len: Most tokens of prompt and completion.
+        dense_tokens: First tokens that may be computed many a step; those after them choose what
+            they read, each alone. None: all tokens may be.
     """
 
     policies: tuple[HeadPolicy, ...]
     keys: PrefixKeys
     max_len: int
+    dense_tokens: int | None = None
 
 
 class Sequence:
@@ -86,6 +89,7 @@ class Sequence:
         self.params = request.params
         self.policies = plan.policies
         self.max_len = plan.max_len
+        self._dense_tokens = plan.dense_tokens
         self._keys = plan.keys
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -139,6 +143,19 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens yet to be computed before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_chunk_tokens(self) -> int:
+        """How many of its pending tokens one step may compute."""
+        if self._dense_tokens is None:
+            return self.num_pending_tokens
+        # What decodes under a budget does so again after a preemption, or it would see more.
+        dense = self._dense_tokens - self.num_computed_tokens
+        return min(self.num_pending_tokens, max(1, dense))
+
+    def num_alone(self, first: int, last: int) -> int:
+        """How many of the tokens from `first` to before `last` take a step each."""
+        return 0 if self._dense_tokens is None else max(0, last - max(first, self._dense_tokens))
 
     @property
     def decoding(self) -> bool:

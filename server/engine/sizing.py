@@ -5,22 +5,22 @@ start, and `plan_memory` shares out what is left. What the engine measures on a 
 computed here, from tensors that have no memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from headlong.cache.capacity import CacheShape, CapacityError, MemoryPlan, plan_memory
-from headlong.cache.groups import HeadGroup, build_head_groups
+from headlong.cache.groups import STREAMING, HeadGroup, build_head_groups
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.kernels.batch import UNBOUNDED
-from headlong.kernels.layout import QUANTISATIONS, Quantisation
+from headlong.kernels.layout import PageLayout
 from headlong.profiling.head_profile import (
     DEFAULT_SINK_SIZE,
     DEFAULT_WINDOW_SIZE,
     num_streaming_heads,
 )
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.gpus import Gpu
+from headlong.server.engine.gpus import LEAST_CAPABILITY, Gpu
 from headlong.server.engine.head_plan import plan_heads
 from headlong.server.engine.live_bytes import peak_bytes
 from headlong.server.engine.memory import (
@@ -32,14 +32,10 @@ from headlong.server.engine.memory import (
     utilization_of,
 )
 from headlong.server.engine.meta_model import meta_model
-from headlong.server.engine.model import CACHE_DTYPES, ModelGeometry, ProbedModel
+from headlong.server.engine.model import ModelGeometry, ProbedModel
 from headlong.server.engine.scheduler import SCORED_TOKENS
-from headlong.server.engine.weight_bytes import (
-    WEIGHT_QUANTISATIONS,
-    num_parameters,
-    weights_bytes,
-)
-from headlong.server.engine.weights import dtype_name
+from headlong.server.engine.weight_bytes import num_parameters, weights_bytes
+from headlong.server.engine.weight_quantisation import Processor
 from headlong.server.errors import ConfigError
 
 CUDA_CONTEXT_BYTES = 512 << 20
@@ -47,7 +43,6 @@ CUDA_CONTEXT_BYTES = 512 << 20
 
 DEFAULT_LENGTHS = (8 << 10, 32 << 10, 128 << 10, 1 << 20)
 MAX_LENGTH = 1 << 30
-KV_DTYPES = {dtype_name(dtype): dtype for dtype in CACHE_DTYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +94,6 @@ class SizingRequest:
         config: The engine's settings; `model` may be a configuration file.
         gpu: The GPU; None where `config.kv_cache_memory_bytes` says what the cache may take.
         even: Labels where there is no profile; None keeps every head's full cache.
-        kv_cache_dtype: "auto", a dtype or a quantisation of K and V.
-        quantization: Of the weights; None for none.
         lengths: Lengths in tokens for which sequences are counted.
 
     Raises:
@@ -110,27 +103,19 @@ class SizingRequest:
     config: EngineConfig
     gpu: Gpu | None = None
     even: EvenHeads | None = None
-    kv_cache_dtype: str = "auto"
-    quantization: str | None = None
     lengths: tuple[int, ...] = DEFAULT_LENGTHS
 
     def __post_init__(self) -> None:
         if (self.gpu is None) == (self.config.kv_cache_memory_bytes is None):
             raise ConfigError("either gpu or kv_cache_memory_bytes must be given", "gpu")
-        known = ("auto", *KV_DTYPES, *QUANTISATIONS)
-        if self.kv_cache_dtype not in known:
-            raise ConfigError(
-                f"kv_cache_dtype must be one of {', '.join(known)}, got {self.kv_cache_dtype!r}",
-                "kv_cache_dtype",
-            )
-        if self.quantization is not None and self.quantization not in WEIGHT_QUANTISATIONS:
-            raise ConfigError(
-                f"quantization must be one of {', '.join(WEIGHT_QUANTISATIONS)}, got "
-                f"{self.quantization!r}",
-                "quantization",
-            )
         if not self.lengths or not all(0 < each <= MAX_LENGTH for each in self.lengths):
             raise ConfigError(f"lengths must each be in 1 to {MAX_LENGTH} tokens", "lengths")
+
+    @property
+    def processor(self) -> Processor:
+        """The GPU that is to compute the model; if it has no name, the least that is served."""
+        known = None if self.gpu is None else self.gpu.capability
+        return Processor("cuda", known or LEAST_CAPABILITY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +159,9 @@ class Sizing:
         arena_bytes: What the engine would allocate: less than `cache_bytes` only where all the
             sequences that may run could not fill it.
         own: With the head labels that were asked for.
-        full_cache: If every head of every layer kept every token.
+        full_cache: If every head of every layer kept every token, in the format that it has.
         no_profile: Without labels, where that is not the full cache: layers of the model's own
             keep their windows then. None elsewhere.
-        supported_by_engine: Whether the engine runs what is planned here.
     """
 
     request: SizingRequest
@@ -191,7 +175,6 @@ class Sizing:
     own: CacheSizing
     full_cache: CacheSizing
     no_profile: CacheSizing | None
-    supported_by_engine: bool
 
     @property
     def longest_served(self) -> int:
@@ -215,10 +198,8 @@ def size_model(request: SizingRequest) -> Sizing:
             model, or the memory holds no sequence.
     """
     config = request.config
-    model = meta_model(config)
-    quantised = WEIGHT_QUANTISATIONS.get(request.quantization or "")
-    weights = weights_bytes(model.module, quantised)
-
+    model = meta_model(config, request.processor)
+    weights = weights_bytes(model.module)
     activation = _activations(model, config)
 
     def memory_of(max_num_seqs: int) -> DeviceMemory | None:
@@ -243,7 +224,7 @@ def size_model(request: SizingRequest) -> Sizing:
 
     geometry = model.geometry
     groups = plan_heads(config, model) if request.even is None else request.even.groups(geometry)
-    shape = _shape(request, geometry, groups)
+    shape = cache_shape(config, geometry, groups)
     memory = memory_of(config.max_num_seqs)
     try:
         own = _size_cache(shape, budget, request.lengths)
@@ -253,13 +234,19 @@ def size_model(request: SizingRequest) -> Sizing:
         told = "" if memory is None else f" ({memory.explain(utilization)})"
         param = "kv_cache_memory_bytes" if memory is None else "gpu"
         raise ConfigError(f"{error}{told}", param) from error
-    unlabelled = [[True] * geometry.num_kv_heads for _ in range(geometry.num_layers)]
-    everything = build_head_groups(unlabelled, RETRIEVAL, [None] * geometry.num_layers)
-    windowed = build_head_groups(unlabelled, RETRIEVAL, geometry.native_windows)
+    full = replace(shape, compensated=False)
+    everything = _merged(full, [replace(group, policy=RETRIEVAL) for group in groups])
+    unlabelled = _merged(
+        full,
+        [
+            replace(group, policy=RETRIEVAL) if group.name == STREAMING else group
+            for group in groups
+        ],
+    )
 
     def other(groups: tuple[HeadGroup, ...]) -> CacheSizing:
         # A block of every head is the least that any labels need, so this fits where they do.
-        return _size_cache(_shape(request, geometry, groups), budget, request.lengths)
+        return _size_cache(replace(full, groups=groups), budget, request.lengths)
 
     return Sizing(
         request=request,
@@ -272,9 +259,7 @@ def size_model(request: SizingRequest) -> Sizing:
         arena_bytes=at_start.arena_bytes,
         own=own,
         full_cache=other(everything),
-        no_profile=other(windowed) if windowed not in (groups, everything) else None,
-        supported_by_engine=quantised is None
-        and request.kv_cache_dtype in ("auto", dtype_name(geometry.kv_dtype)),
+        no_profile=other(unlabelled) if unlabelled not in (groups, everything) else None,
     )
 
 
@@ -301,13 +286,15 @@ def _activations(model: ProbedModel, config: EngineConfig) -> Callable[[int], in
     return bound
 
 
-def _shape(
-    request: SizingRequest, geometry: ModelGeometry, groups: tuple[HeadGroup, ...]
-) -> CacheShape:
-    shape = cache_shape(request.config, geometry, groups)
-    quantisation: Quantisation | None = QUANTISATIONS.get(request.kv_cache_dtype)
-    dtype = KV_DTYPES.get(request.kv_cache_dtype, geometry.kv_dtype)
-    return replace(shape, dtype=dtype, quantisation=quantisation)
+def _merged(shape: CacheShape, groups: Iterable[HeadGroup]) -> tuple[HeadGroup, ...]:
+    """Makes one group of those that keep the same tokens in the same pages."""
+    merged: dict[tuple[HeadPolicy, PageLayout], HeadGroup] = {}
+    for group in groups:
+        key = (group.policy, shape.page(group))
+        members = merged[key].members if key in merged else ()
+        first = merged.setdefault(key, group)
+        merged[key] = replace(first, members=tuple(sorted({*members, *group.members})))
+    return tuple(merged.values())
 
 
 def _size_cache(

@@ -2,10 +2,11 @@
 
 Serving keeps one row of logits a step. Here all rows of a chunk are wanted, of one sequence at a
 time and over a cache that nobody else uses: for perplexity, and for comparing a compressed cache
-with the full one token by token.
+with the full one token by token. Tokens that a server would have decoded under a retrieval budget
+can be decoded so here too.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from headlong.server.engine.head_plan import plan_heads
 from headlong.server.engine.memory import plan_arena
 from headlong.server.engine.model import LoadedModel
 from headlong.server.engine.runner import Runner, open_runner
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.errors import ContextLengthError, InvalidRequestError
 
 DEFAULT_CHUNK_TOKENS = 256
@@ -36,6 +38,7 @@ class PagedForward:
         cache: Owner of the blocks; others may own blocks of it too.
         max_model_len: Most tokens of a sequence.
         chunk_tokens: Tokens of one step; memory grows with it, logits do not depend on it.
+        rule: When generated tokens choose pages; None if they read everything.
 
     Attributes:
         kv_bytes: Bytes of the blocks that the last sequence owned at its end; 0 before the first.
@@ -50,6 +53,7 @@ class PagedForward:
         cache: KVCache,
         max_model_len: int,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        rule: SelectionRule | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -57,13 +61,20 @@ class PagedForward:
         self._cache = cache
         self._max_model_len = max_model_len
         self._chunk_tokens = chunk_tokens
+        self._rule = rule
         self.kv_bytes = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._runner.model.device
 
     def logits(
         self,
         token_ids: Sequence[int],
         policies: tuple[HeadPolicy, ...] | None = None,
         since: int = 0,
+        num_prompt_tokens: int | None = None,
     ) -> Generator[torch.Tensor, None, None]:
         """Runs a sequence, chunk by chunk as the caller asks for them.
 
@@ -73,6 +84,8 @@ class PagedForward:
             token_ids: At least one.
             policies: What each head group keeps; by default its own policy.
             since: First position whose logits are wanted.
+            num_prompt_tokens: Where the prompt ends, if what follows is to be computed as if it
+                were being generated: tokens that choose pages then come one a chunk.
 
         Yields:
             float32 [rows, vocab_size]: row i of all chunks together is what the model says of
@@ -86,12 +99,22 @@ class PagedForward:
         self._check(token_ids)
         sequence = self._cache.begin(policies)
         try:
-            for start in range(0, len(token_ids), self._chunk_tokens):
-                chunk = token_ids[start : start + self._chunk_tokens]
-                yield self._chunk(sequence, chunk, max(0, since - start))
+            for start, end in self._chunks(len(token_ids), num_prompt_tokens):
+                first_row = max(0, since - start)
+                yield self._chunk(sequence, token_ids[start:end], first_row, num_prompt_tokens)
             self.kv_bytes = self._cache.sequence_bytes(sequence)
         finally:
             self._cache.free(sequence)
+
+    def _chunks(self, num_tokens: int, num_prompt_tokens: int | None) -> Iterator[tuple[int, int]]:
+        """First token of each chunk, and the one behind its last."""
+        dense = num_tokens
+        if self._rule is not None and num_prompt_tokens is not None:
+            dense = min(num_tokens, self._rule.dense_tokens(num_prompt_tokens))
+        for start in range(0, dense, self._chunk_tokens):
+            yield start, min(start + self._chunk_tokens, dense)
+        for start in range(dense, num_tokens):
+            yield start, start + 1
 
     def _check(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
@@ -107,16 +130,25 @@ class PagedForward:
 
     @torch.inference_mode()
     def _chunk(
-        self, sequence: SequenceCache, token_ids: Sequence[int], first_row: int
+        self,
+        sequence: SequenceCache,
+        token_ids: Sequence[int],
+        first_row: int,
+        num_prompt_tokens: int | None,
     ) -> torch.Tensor:
         count = len(token_ids)
         self._cache.extend(sequence, count)
         positions = packed_positions(np.array([sequence.num_tokens]), np.array([count]))
+        selection = None
+        if self._rule is not None:
+            # A text without a prompt is one.
+            prompt = sequence.num_tokens if num_prompt_tokens is None else num_prompt_tokens
+            selection = self._rule.batch([sequence], [count], [prompt])
         with current(self._runner.model.device):
             logits = self._runner.forward(
                 torch.tensor(token_ids),
                 torch.from_numpy(positions),
-                build_attention_batch([sequence], [count]),
+                build_attention_batch([sequence], [count], selection),
                 torch.arange(min(first_row, count), count),
             )
         self._cache.release_expired(sequence)
@@ -145,5 +177,11 @@ def open_paged_forward(
     )
     groups = plan_heads(sized, model)
     plan, layout = plan_arena(sized, model, groups)
-    runner = open_runner(sized, model, groups, layout)
-    return PagedForward(runner, KVCache(groups, layout), plan.max_sequence_tokens, chunk_tokens)
+    runner = open_runner(sized, model, groups, layout, plan.max_sequence_tokens)
+    return PagedForward(
+        runner,
+        KVCache(groups, layout, copy_blocks=runner.copy_blocks),
+        plan.max_sequence_tokens,
+        chunk_tokens,
+        SelectionRule.of(sized),
+    )

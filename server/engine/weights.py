@@ -1,6 +1,7 @@
 """From a checkpoint, or from random numbers, to a transformers model on its device."""
 
 import hashlib
+import logging
 from collections import Counter
 from typing import Any
 
@@ -9,7 +10,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from headlong.server.engine.engine_config import EngineConfig
+from headlong.server.engine.weight_bytes import stored_tensors
+from headlong.server.engine.weight_quantisation import (
+    Processor,
+    describe_quantisation,
+    quantise_weights,
+)
 from headlong.server.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(
@@ -26,7 +35,8 @@ def load_weights(
         The transformers model, its attention being transformers' own eager one, ready to run.
 
     Raises:
-        ConfigError: The checkpoint is missing, truncated or incomplete, or does not fit the device.
+        ConfigError: The checkpoint is missing, truncated or incomplete, does not fit the device, or
+            cannot be quantised as asked.
     """
     place = device if place is None else place
     try:
@@ -34,7 +44,14 @@ def load_weights(
             module = _random(config, device, place)
         else:
             module = _stored(config, device)
-        return module.eval().requires_grad_(False).to(place)
+        module.eval().requires_grad_(False)
+        if config.quantization is not None:
+            quantise_weights(module, config.quantization, place)
+            told = describe_quantisation(
+                config.quantization, Processor.of(place), weights_dtype(module)
+            )
+            logger.info("quantization %s: %s", config.quantization, told)
+        return module.to(place)
     except ConfigError:
         raise
     except torch.OutOfMemoryError as error:
@@ -65,10 +82,11 @@ def weights_digest(module: nn.Module) -> str:
     """SHA-256 over some hundred elements of each weight, evenly spread: tells checkpoints apart."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        for stored in stored_tensors(parameter):
+            flat = stored.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].float().cpu()
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -92,6 +110,8 @@ def wanted_dtype(config: EngineConfig, device: torch.device) -> torch.dtype | No
 
 
 def _stored(config: EngineConfig, device: torch.device) -> Any:
+    if config.quantization is not None:
+        _refuse_quantised(AutoConfig.from_pretrained(**source_of(config)), config)
     # Eager until probed: transformers checks a name against what a class says it supports.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         **source_of(config),
@@ -106,6 +126,17 @@ def _stored(config: EngineConfig, device: torch.device) -> Any:
             f"checkpoint {config.model!r} lacks {len(missing)} weights, the first is {missing[0]!r}"
         )
     return module
+
+
+def _refuse_quantised(settings: PretrainedConfig, config: EngineConfig) -> None:
+    quantised = getattr(settings, "quantization_config", None)
+    if quantised is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ConfigError(
+            f"quantization must be left out: checkpoint {config.model!r} is quantised already "
+            f"({kind or 'of unknown kind'})",
+            "quantization",
+        )
 
 
 def _random(config: EngineConfig, device: torch.device, place: torch.device) -> Any:

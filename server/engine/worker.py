@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
+import headlong.server.engine.quiet_libraries  # noqa: F401
 from headlong.server.engine.loop import CommandQueue, EngineLoop
 from headlong.server.engine.messages import (
     Command,

@@ -224,7 +224,7 @@ def _time_left(request: EngineRequest) -> float | None:
 
 def _many_times(info: EngineInfo, count: int) -> EngineInfo:
     groups = (replace(each, num_blocks=each.num_blocks * count) for each in info.groups)
-    return replace(info, groups=tuple(groups))
+    return replace(info, groups=tuple(groups), kv_bytes=info.kv_bytes * count)
 
 
 def _never_began(told: Told) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from headlong.server.engine.status import EngineInfo, EngineStats
+from headlong.server.engine.status import EngineInfo, EngineStats, group_blocks
 from headlong.server.fleet.link import RayLink
 from headlong.server.telemetry.engine_metrics import MODEL_LABEL, PREFIX
 
@@ -113,9 +113,6 @@ class ReplicaCollector(Collector):
             labels=[MODEL_LABEL, REPLICA_LABEL],
         )
         for replica, stats in replicas.items():
-            used = (
-                owned / max(group.num_blocks, 1)
-                for group, owned in zip(info.groups, stats.owned_blocks, strict=False)
-            )
+            used = (blocks.usage for blocks in group_blocks(info, stats))
             family.add_metric([self._model_name, replica], max(used, default=0.0))
         return family

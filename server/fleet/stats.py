@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from headlong.server.engine.status import CanaryStats, EngineStats
+from headlong.server.engine.status import CanaryStats, EngineStats, TierStats
 
 MAX_GONE = 32
 
@@ -16,7 +16,7 @@ _TOTALS = tuple(
     if each.name.endswith("_total") and each.name != _MISSES
 )
 _LEVELS = ("num_running", "num_waiting", "kv_bytes_owned", "kv_bytes_full")
-_BLOCKS = ("owned_blocks", "cached_blocks")
+_BLOCKS = ("owned_blocks", "cached_blocks", "free_blocks")
 _LAST_STEP = ("step_prefill_tokens", "step_decode_tokens", "step_s")
 
 
@@ -71,7 +71,8 @@ class FleetStats:
 def _at_rest(stats: EngineStats) -> EngineStats:
     """What is left of an engine that ended: its counters."""
     totals = {name: getattr(stats, name) for name in (*_TOTALS, _MISSES)}
-    return EngineStats(canary=stats.canary, **totals)
+    tiers = replace(stats.tiers, host_bytes=0, disk_bytes=0)
+    return EngineStats(canary=stats.canary, tiers=tiers, **totals)
 
 
 def _sum(several: Sequence[EngineStats]) -> EngineStats:
@@ -82,7 +83,11 @@ def _sum(several: Sequence[EngineStats]) -> EngineStats:
         counts = [getattr(each, name) for each in several if getattr(each, name)]
         sums[name] = tuple(map(sum, zip(*counts, strict=True)))
     sums[_MISSES] = _sum_by_name(each.prefix_misses_total for each in several)
-    return EngineStats(**sums, canary=_sum_canaries([each.canary for each in several]))
+    return EngineStats(
+        **sums,
+        canary=_sum_canaries([each.canary for each in several]),
+        tiers=_sum_tiers([each.tiers for each in several]),
+    )
 
 
 def _sum_canaries(several: Sequence[CanaryStats]) -> CanaryStats:
@@ -92,6 +97,22 @@ def _sum_canaries(several: Sequence[CanaryStats]) -> CanaryStats:
         kl_sum=sum(each.kl_sum for each in several),
         top1_agreed=sum(each.top1_agreed for each in several),
         skipped=_sum_by_name(each.skipped for each in several),
+    )
+
+
+def _sum_tiers(several: Sequence[TierStats]) -> TierStats:
+    seconds = TierStats().moved_seconds
+    return TierStats(
+        host_bytes=sum(each.host_bytes for each in several),
+        disk_bytes=sum(each.disk_bytes for each in several),
+        loaded_tokens=sum(each.loaded_tokens for each in several),
+        recomputed_tokens=sum(each.recomputed_tokens for each in several),
+        resumes=_sum_by_name(each.resumes for each in several),
+        moved_bytes=_sum_by_name(each.moved_bytes for each in several),
+        moved_seconds={
+            way: sum(each.moved_seconds.get(way, 0.0) for each in several) for way in seconds
+        },
+        lost_blocks=_sum_by_name(each.lost_blocks for each in several),
     )
 
 

@@ -1,6 +1,7 @@
 """What the engine counts itself, as metrics: read at every scrape, and kept nowhere twice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, get_args
 
@@ -14,7 +15,14 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from headlong.server.engine.status import CanarySkip, CanaryStats, EngineInfo, EngineStats
+from headlong.server.engine.status import (
+    CanarySkip,
+    CanaryStats,
+    EngineInfo,
+    EngineStats,
+    TierStats,
+    group_blocks,
+)
 
 if TYPE_CHECKING:
     from headlong.server.async_engine import AsyncEngine, EngineState
@@ -48,6 +56,7 @@ class EngineCollector(Collector):
         yield from self._load(stats)
         yield from self._cache(info, stats)
         yield from self._tokens(stats)
+        yield from self._tiers(stats.tiers)
         yield from self._canary(stats.canary)
         yield from self._infos(info)
         yield from self._engine_process()
@@ -95,21 +104,11 @@ class EngineCollector(Collector):
             labels=[*labels, "state"],
         )
         fullest = 0.0
-        # Before the first report nothing is owned.
-        no_blocks = (0,) * len(info.groups)
-        states = zip(
-            info.groups,
-            stats.owned_blocks or no_blocks,
-            stats.cached_blocks or no_blocks,
-            strict=True,
-        )
-        for group, owned, cached in states:
-            used = owned / max(group.num_blocks, 1)
-            fullest = max(fullest, used)
-            usage.add_metric([self._model_name, group.name], used)
-            counts = {"owned": owned, "cached": cached, "free": group.num_blocks - owned - cached}
-            for state, count in counts.items():
-                blocks.add_metric([self._model_name, group.name, state], count)
+        for group, state in zip(info.groups, group_blocks(info, stats), strict=True):
+            fullest = max(fullest, state.usage)
+            usage.add_metric([self._model_name, group.name], state.usage)
+            for name, count in asdict(state).items():
+                blocks.add_metric([self._model_name, group.name, name], count)
         yield self._gauge(
             "kv_cache_usage_perc",
             "The same of the group that is fullest: at 1 nothing more is admitted.",
@@ -120,7 +119,7 @@ class EngineCollector(Collector):
         yield self._gauge(
             "kv_bytes_capacity",
             "Bytes of all blocks.",
-            sum(group.num_blocks * group.block_bytes for group in info.groups),
+            info.kv_bytes or sum(group.num_blocks * group.block_bytes for group in info.groups),
         )
         yield self._gauge("kv_bytes_owned", "Bytes of all owned blocks.", stats.kv_bytes_owned)
         yield self._gauge(
@@ -142,14 +141,46 @@ class EngineCollector(Collector):
             stats.prefix_queries_total,
         )
         yield self._counter("prefix_cache_hits", "Of these, tokens found.", stats.prefix_hits_total)
-        misses = CounterMetricFamily(
-            f"{PREFIX}prefix_cache_misses",
+        yield self._counters(
+            "prefix_cache_misses",
             "The others, by why they were not found.",
-            labels=[MODEL_LABEL, "reason"],
+            "reason",
+            stats.prefix_misses_total,
         )
-        for reason, count in stats.prefix_misses_total.items():
-            misses.add_metric([self._model_name, reason], count)
-        yield misses
+
+    def _tiers(self, tiers: TierStats) -> Iterator[Metric]:
+        yield self._gauge(
+            "host_cache_bytes", "Bytes of blocks that the host's memory holds.", tiers.host_bytes
+        )
+        yield self._gauge("disk_cache_bytes", "Bytes of blocks in files.", tiers.disk_bytes)
+        yield self._counter(
+            "prefix_cache_loaded_tokens",
+            "Tokens that were loaded from the host, and not computed.",
+            tiers.loaded_tokens,
+        )
+        yield self._counter(
+            "prefix_cache_recomputed_tokens",
+            "Tokens that the host had, computed anew because that was quicker.",
+            tiers.recomputed_tokens,
+        )
+        yield self._counters(
+            "preemption_resumes",
+            "Completions that came back after they had lost their blocks, by how.",
+            "how",
+            tiers.resumes,
+        )
+        yield self._counters(
+            "kv_moved_bytes", "Bytes of blocks that were copied.", "way", tiers.moved_bytes
+        )
+        yield self._counters(
+            "kv_moved_seconds", "Time that it took, beside steps.", "way", tiers.moved_seconds
+        )
+        yield self._counters(
+            "kv_lost_blocks",
+            "Blocks that the host or the disk lost, by why.",
+            "reason",
+            tiers.lost_blocks,
+        )
 
     def _canary(self, canary: CanaryStats) -> Iterator[Metric]:
         yield self._counter(
@@ -243,6 +274,14 @@ class EngineCollector(Collector):
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
         family = CounterMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL])
         family.add_metric([self._model_name], value)
+        return family
+
+    def _counters(
+        self, name: str, text: str, label: str, values: Mapping[str, float]
+    ) -> CounterMetricFamily:
+        family = CounterMetricFamily(PREFIX + name, text, labels=[MODEL_LABEL, label])
+        for each, value in values.items():
+            family.add_metric([self._model_name, each], value)
         return family
 
     def _mean(self, name: str, text: str, count: int, total: float) -> SummaryMetricFamily:

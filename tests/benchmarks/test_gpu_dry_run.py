@@ -14,7 +14,7 @@ from support.triton import triton_suite
 pytestmark = triton_suite
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-PARTS = ("kernels-check", "ceilings", "kernels", "decode", "prefill", "tuning")
+PARTS = ("kernels-check", "ceilings", "kernels", "context", "decode", "prefill", "tuning")
 WITHOUT = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(("fastapi", "pydantic_settings", "uvicorn")))
@@ -87,3 +87,4 @@ def test_a_file_of_results_is_reported_anywhere(measured: Path) -> None:
     done = run("--report", measured)
     assert done.returncode == 0, done.stderr
     assert "engine, decode of one sequence" in done.stdout
+    assert "more context: blocks to the host and back" in done.stdout

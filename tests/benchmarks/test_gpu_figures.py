@@ -9,10 +9,8 @@ import pytest
 import torch
 from gpu_layers import DecodeShape, Kind
 from gpu_models import LLAMA_2_7B, LLAMA_3_8B, random_labels
-from gpu_paged import DUO_ATTENTION, GQA, Chunk, build_paged, even_labels, visible_pairs
+from gpu_paged import DUO_ATTENTION, GQA, Chunk, Pages, build_paged, even_labels, visible_pairs
 from gpu_session import Entry, Results
-
-from headlong.kernels.layout import PageLayout
 
 CONTEXT = 1 << 17
 
@@ -132,10 +130,10 @@ def test_visible_pairs(chunk: Chunk, bound: int) -> None:
 
 @pytest.mark.parametrize("retrieval", [1.0, 0.5, 0.25])
 def test_bytes_of_a_decode(retrieval: float) -> None:
-    page = PageLayout(16, GQA.head_dim, torch.bfloat16)
+    pages = Pages(16, GQA.head_dim, torch.bfloat16)
     labels = even_labels(3, GQA.num_kv_heads, retrieval)
     chunks = [Chunk(999, 1), Chunk(99, 1)]
-    paged = build_paged(labels, DUO_ATTENTION, page, chunks, torch.device("meta"))
+    paged = build_paged(labels, DUO_ATTENTION, pages, chunks, torch.device("meta"))
     heads = GQA.num_kv_heads * retrieval
     keys = heads * (1000 + 100) + (GQA.num_kv_heads - heads) * (384 + 100)
     assert paged.read_bytes(1) == keys * 2 * GQA.head_dim * 2

@@ -287,18 +287,36 @@ def test_a_plan_holds_no_sequence_without_its_last_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "entry_bytes"), [("fp8", 2 * (8 + 2)), ("int8", 2 * (8 + 2)), ("int4", 2 * (4 + 4))]
+    ("name", "page_bytes"), [("fp8", 64 + 16), ("int8", 64 + 16), ("int4", 32 + 32)]
 )
-def test_quantised_pages_are_sized_by_the_same_code(name: str, entry_bytes: int) -> None:
+def test_quantised_pages_are_sized_by_the_same_code(name: str, page_bytes: int) -> None:
+    """A page of 4 tokens of 8 elements: K and V, then scales, and minima with 4 bits."""
     plain = build_shape({RETRIEVAL: 2, STREAMING: 2})
-    small = dataclasses.replace(plain, quantisation=QUANTISATIONS[name])
-    assert small.page.entry_bytes == entry_bytes
-    assert small.growing_token_bytes == 2 * entry_bytes
-    assert small.constant_sequence_bytes * 64 == plain.constant_sequence_bytes * entry_bytes
+    formats = dict.fromkeys(("retrieval", "streaming"), QUANTISATIONS[name])
+    small = dataclasses.replace(plain, formats=formats)
+    assert {small.page(group).page_bytes for group in small.groups} == {page_bytes}
+    assert small.growing_token_bytes == 2 * page_bytes // BLOCK_SIZE
+    assert small.constant_sequence_bytes * PAGE_BYTES == plain.constant_sequence_bytes * page_bytes
     plan, layout = plan_memory(small, 1 << 20, 1 << 20)
     assert layout.total_bytes == plan.arena_bytes <= 1 << 20
     more, _ = plan_memory(plain, 1 << 20, 1 << 20)
     assert plan.max_sequence_tokens > 2.9 * more.max_sequence_tokens
+
+
+def test_each_kind_of_head_has_its_own_pages() -> None:
+    plain = build_shape({RETRIEVAL: 2, STREAMING: 3, HeadPolicy(0, 20): 1})
+    mixed = dataclasses.replace(
+        plain, formats={"retrieval": QUANTISATIONS["int4"], "sliding": QUANTISATIONS["int8"]},
+        summarised=True, compensated=True,
+    )  # fmt: skip
+    retrieval, streaming, sliding = mixed.groups
+    # Four float32 bounds of 8 channels; float32 sums of K and of V.
+    assert mixed.block_bytes(retrieval) == 2 * (64 + 4 * 8 * 4)
+    assert mixed.block_bytes(streaming) == 3 * (PAGE_BYTES + 2 * 8 * 4)
+    assert mixed.block_bytes(sliding) == 64 + 16
+    plan, layout = plan_memory(mixed, 1 << 18, 4096)
+    assert layout.pages == tuple(map(mixed.page, mixed.groups))
+    assert layout.total_bytes == plan.arena_bytes <= 1 << 18
 
 
 def test_bytes_by_group_add_up() -> None:

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headlong.cache.block_copy import BlockCopy
 from headlong.cache.block_pool import OutOfBlocksError
-from headlong.cache.kv_cache import BlockCopy, KVCache
+from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
 from headlong.cache.sequence_cache import SequenceCache

@@ -1,6 +1,6 @@
 """Random lives of sequences, against a memory that remembers who wrote what."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -23,7 +23,8 @@ from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.layout import PageLayout, build_arena_layout
+from headlong.kernels.layout import PageLayout, build_arena_layout, build_slab_layout
+from support.memory import ByteMemory
 from support.slots import slot
 from support.visibility import reachable
 
@@ -47,6 +48,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         sliding=st.builds(HeadPolicy, st.just(0), st.integers(1, 14)),
         block_sizes=st.tuples(*[st.integers(1, 5)] * 3),
         num_blocks=st.tuples(*[st.integers(4, 24)] * 3),
+        slabs=st.none() | st.tuples(st.integers(1, 3), st.integers(0, 200), st.integers(3, 20)),
     )
     def start(
         self,
@@ -54,22 +56,28 @@ class KVCacheMachine(RuleBasedStateMachine):
         sliding: HeadPolicy,
         block_sizes: tuple[int, int, int],
         num_blocks: tuple[int, int, int],
+        slabs: tuple[int, int, int] | None,
     ) -> None:
         self.groups = (
             HeadGroup("retrieval", RETRIEVAL, ((0, 0), (1, 1))),
             HeadGroup("streaming", streaming, ((0, 1),)),
             HeadGroup("sliding", sliding, ((1, 0),)),
         )
-        layout = build_arena_layout(
-            members=tuple(group.members for group in self.groups),
-            pages=tuple(PageLayout(size, 2, torch.float32) for size in block_sizes),
-            num_blocks=num_blocks,
+        members = tuple(group.members for group in self.groups)
+        pages = tuple(PageLayout(size, 2, torch.float32) for size in block_sizes)
+        layout = build_arena_layout(members, pages, num_blocks)
+        if slabs is not None:
+            largest = max(layout.block_bytes(group) for group in range(3))
+            # A slab that is twice the largest block holds one wherever it lies.
+            size = largest * (slabs[0] + (slabs[1] > 0)) + slabs[1]
+            layout = build_slab_layout(members, pages, size, slabs[2])
+        # Marker of each slot.
+        self.memory = ByteMemory[int](layout)
+        self.cache = KVCache(
+            self.groups, layout, prefix_caching=False, copy_blocks=self.memory.copy_blocks
         )
-        self.cache = KVCache(self.groups, layout, prefix_caching=False)
         self.live: list[Life] = []
         self.written = 0
-        # Marker at (group, slot).
-        self.memory: dict[tuple[int, int], int] = {}
 
     @rule(target=lives)
     def begin(self) -> Life:
@@ -110,24 +118,30 @@ class KVCacheMachine(RuleBasedStateMachine):
         before = self.cache.owned_blocks
         length = len(parent.markers)
         partly = [length % table.block_size > 0 for table in parent.cache.tables]
-        free = [pool.num_free for pool in self.cache.pools]
-        if any(need > have for need, have in zip(partly, free, strict=True)):
-            with pytest.raises(OutOfBlocksError):
-                self.cache.fork(parent.cache)
+        try:
+            child, copies = self.cache.fork(parent.cache)
+        except OutOfBlocksError:
             assert self.cache.owned_blocks == before
+            assert not self._holds(partly)
             return multiple()
-        child, copies = self.cache.fork(parent.cache)
+        assert self._holds([0, 0, 0])
         assert self.cache.owned_blocks == tuple(
             count + own for count, own in zip(before, partly, strict=True)
         )
-        for copy in copies:
-            size = self.cache.layout.pages[copy.group].block_size
-            for offset in range(size):
-                source = self.memory.get((copy.group, copy.source * size + offset), -1)
-                self.memory[copy.group, copy.target * size + offset] = source
+        self.memory.copy_blocks(copies)
         life = Life(child, parent.markers.copy(), parent.first_query)
         self.live.append(life)
         return life
+
+    def _holds(self, more: Sequence[int]) -> bool:
+        """Whether the arena holds so many more blocks, by the statement of what it holds."""
+        layout = self.cache.layout
+        owned = [have + own for have, own in zip(self.cache.owned_blocks, more, strict=True)]
+        if not layout.slab_bytes:
+            return all(count <= most for count, most in zip(owned, layout.num_blocks, strict=True))
+        sizes = (layout.slab_blocks(group) for group in range(3))
+        needed = sum(-(-count // size) for count, size in zip(owned, sizes, strict=True))
+        return needed <= layout.num_slabs
 
     @rule(life=consumes(lives))
     def free(self, life: Life) -> None:

@@ -17,8 +17,9 @@ def build_keys(
     policies: tuple[HeadPolicy, ...] = POLICIES,
     salt: str = "",
     block_size: int = 4,
+    dense_tokens: int | None = None,
 ) -> PrefixKeys:
-    keys = PrefixKeys(namespace, policies, salt, block_size)
+    keys = PrefixKeys(namespace, policies, salt, block_size, dense_tokens)
     keys.extend(tokens)
     return keys
 
@@ -118,3 +119,28 @@ def test_a_copy_goes_its_own_way() -> None:
     copied.extend([1, 2, 3, 4, 9, 9, 9, 9])
     assert copied.blocks == build_keys([1, 2, 3, 4, 9, 9, 9, 9]).blocks
     assert keys.blocks == build_keys([1, 2, 3, 4, 5, 6, 7, 8]).blocks
+
+
+def test_blocks_with_tokens_that_see_less_have_keys_of_their_own() -> None:
+    tokens = list(range(24))
+    plain = build_keys(tokens).blocks
+    for dense, shared in ((8, 2), (9, 2), (11, 2), (12, 3), (24, 6), (100, 6)):
+        own = build_keys(tokens, dense_tokens=dense).blocks
+        assert own[:shared] == plain[:shared]
+        assert set(own[shared:]).isdisjoint(plain)
+    chains = {tuple(build_keys(tokens, dense_tokens=dense).blocks) for dense in range(8, 12)}
+    assert len(chains) == 4, "where they begin to see less is in the key"
+
+
+@given(st.integers(0, 30), st.lists(st.integers(0, 30), max_size=5), st.integers(1, 5))
+def test_a_chain_of_its_own_does_not_depend_on_how_a_sequence_grew(
+    dense_tokens: int, stops: list[int], block_size: int
+) -> None:
+    tokens = list(range(30))
+    grown = PrefixKeys(b"", POLICIES, "", block_size, dense_tokens)
+    for stop in sorted(stops):
+        grown.extend(tokens[:stop])
+        grown = grown.copy()
+    grown.extend(tokens)
+    whole = build_keys(tokens, b"", block_size=block_size, dense_tokens=dense_tokens)
+    assert grown.blocks == whole.blocks

@@ -4,7 +4,7 @@ What lies in a slot is named by all that determines it: the policies and the sal
 that wrote it, and every token up to its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -21,12 +21,14 @@ from hypothesis.stateful import (
     rule,
 )
 
+from headlong.cache.block_copy import BlockCopy
 from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.prefix_keys import PrefixKeys
 from headlong.cache.prefix_match import PrefixMatch
 from headlong.cache.sequence_cache import SequenceCache
-from support.caches import build_cache
+from support.caches import build_cache, build_slab_cache
+from support.memory import ByteMemory
 from support.slots import slot
 from support.visibility import is_visible, reachable
 
@@ -76,6 +78,7 @@ class PrefixMachine(RuleBasedStateMachine):
         kinds=st.sampled_from([(0, 1, 2), (0, 1), (1, 2), (1,), (0,)]),
         block_size=st.integers(1, 4),
         num_blocks=st.tuples(*[st.integers(6, 20)] * 3),
+        slabs=st.none() | st.tuples(st.integers(1, 12), st.integers(4, 16)),
     )
     def start(
         self,
@@ -84,20 +87,37 @@ class PrefixMachine(RuleBasedStateMachine):
         kinds: tuple[int, ...],
         block_size: int,
         num_blocks: tuple[int, int, int],
+        slabs: tuple[int, int] | None,
     ) -> None:
         named = (("retrieval", RETRIEVAL), ("streaming", streaming), ("sliding", sliding))
-        self.cache = build_cache(
-            dict(named[kind] for kind in kinds), [num_blocks[kind] for kind in kinds], block_size
-        )
+        policies = dict(named[kind] for kind in kinds)
+        if slabs is None:
+            self.cache = build_cache(policies, [num_blocks[kind] for kind in kinds], block_size)
+        else:
+            members = [kind + 1 for kind in kinds]
+            # A slab that is twice the largest block holds one wherever it lies.
+            pages = 2 * max(members) + slabs[0]
+            self.cache = build_slab_cache(
+                policies,
+                members,
+                pages,
+                slabs[1],
+                block_size,
+                copy_blocks=self._copy_blocks,
+            )
+        # What each slot holds.
+        self.memory = ByteMemory[Content](self.cache.layout)
         self.block_size = block_size
         wider = HeadPolicy(streaming.sink_size + 2, streaming.window_size + 3)
         self.policies = [self.cache.policies(each) for each in (None, wider, RETRIEVAL)]
         self.live: list[Life] = []
         # What was asked or computed, so that others can begin alike.
         self.texts: list[list[int]] = [[]]
-        self.memory: dict[tuple[int, int], Content] = {}
         # What a block that can be found under a key has to hold.
         self.published: dict[bytes, list[Content]] = {}
+
+    def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        self.memory.copy_blocks(copies)
 
     @rule(target=stale, data=st.data(), own=TOKENS, kind=KINDS, salt=SALTS)
     def ask(self, data: st.DataObject, own: list[int], kind: int, salt: str) -> Asked:
@@ -184,12 +204,10 @@ class PrefixMachine(RuleBasedStateMachine):
             child, copies = self.cache.fork(parent.cache)
         except OutOfBlocksError:
             assert self._bookkeeping() == before
-            assert any(pool.num_free == 0 for pool in self.cache.pools)
+            # A block of each group at most was asked for.
+            assert not self.cache._pools.have([1] * len(self.cache.pools))
             return multiple()
-        for copy in copies:
-            for offset in range(parent.cache.num_tokens % self.block_size):
-                source = self.memory[copy.group, copy.source * self.block_size + offset]
-                self.memory[copy.group, copy.target * self.block_size + offset] = source
+        self.memory.copy_blocks(copies)
         asked = parent.asked
         tokens = asked.tokens.copy()
         life = Life(child, Asked(asked.keys.copy(), tokens, asked.match), parent.first_query)
@@ -256,7 +274,7 @@ class PrefixMachine(RuleBasedStateMachine):
                     asked.content(start + offset) for offset in range(self.block_size)
                 ]
 
-    def _contents(self, group: int, block: int) -> list[Content]:
+    def _contents(self, group: int, block: int) -> list[Content | str | None]:
         start = block * self.block_size
         return [self.memory[group, start + offset] for offset in range(self.block_size)]
 
@@ -277,7 +295,7 @@ class PrefixMachine(RuleBasedStateMachine):
         """All that a refused call has to leave alone, the order of eviction included."""
         return [
             (
-                list(pool._free),
+                list(pool._free_blocks()),
                 list(pool._kept),
                 list(pool._passed),
                 list(pool._counts),

@@ -47,17 +47,20 @@ def test_all_retrieval_equals_generate(name: str, tiny_model: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "compensation"), [(0, "off"), (1, "off"), (2, "on")])
 def test_profile_logits_equal_masked_attention(
     name: str,
     seed: int,
+    compensation: str,
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tiny_model(name)
     profile = random_profile(folder, tmp_path / "profile.json", seed)
-    engine = build_engine(folder, profile=str(profile), max_num_batched_tokens=64)
+    engine = build_engine(
+        folder, profile=str(profile), max_num_batched_tokens=64, compensation=compensation
+    )
     seen: dict[str, list[torch.Tensor]] = {}
 
     def sample(logits: torch.Tensor, sequences: list, eos_token_ids: frozenset[int]) -> list:  # type: ignore[type-arg]
@@ -76,7 +79,7 @@ def test_profile_logits_equal_masked_attention(
         ]
         for layer in range(engine.model.geometry.num_layers)
     ]
-    oracle = MaskedOracle(folder, labels, SINK_SIZE, WINDOW_SIZE)
+    oracle = MaskedOracle(folder, labels, SINK_SIZE, WINDOW_SIZE, compensated=compensation == "on")
     for index, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
         expected = oracle.logits(prompt + tokens)[len(prompt) - 1 : -1]
         assert (torch.stack(seen[str(index)]) - expected).abs().max() <= 1e-4

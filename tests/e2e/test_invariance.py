@@ -17,17 +17,30 @@ PARAMS = greedy(20)
 Build = Callable[..., Engine]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gemma3", "gpt_oss", "embedded"])
+MODELS = [
+    ("qwen3", "auto"),
+    ("gemma3", "auto"),
+    ("gpt_oss", "auto"),
+    ("embedded", "auto"),
+    ("embedded", "int8"),
+    ("embedded", "retrieval=int4,streaming=fp8"),
+]
+"""Models, and formats of K and V."""
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def build(
     request: pytest.FixtureRequest,
     tiny_model: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Build:
-    folder = tiny_model(request.param)
+    model, kv_cache_dtype = request.param
+    folder = tiny_model(model)
     profile = random_profile(folder, tmp_path_factory.mktemp("profile") / "p.json", seed=3)
+    options: dict[str, object] = {"profile": str(profile), "kv_cache_dtype": kv_cache_dtype}
 
     def make(**changes: object) -> Engine:
-        return build_engine(folder, **({"profile": str(profile)} | changes))
+        return build_engine(folder, **(options | changes))
 
     return make
 

@@ -1,3 +1,5 @@
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,13 +7,27 @@ from hypothesis import strategies as st
 
 from headlong.kernels.layout import (
     GROUP_ALIGNMENT_BYTES,
+    QUANTISATIONS,
+    SECTION_ALIGNMENT_BYTES,
     ArenaLayout,
     PageLayout,
     build_arena_layout,
+    view_pages,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [None, *QUANTISATIONS.values()]
 PAGE = PageLayout(block_size=4, head_dim=2, dtype=torch.float32)
+
+page_layouts = st.builds(
+    PageLayout,
+    block_size=st.integers(1, 20),
+    head_dim=st.sampled_from([2, 8, 10, 80]),
+    dtype=st.sampled_from(DTYPES),
+    quantisation=st.sampled_from(FORMATS),
+    summarised=st.booleans(),
+    compensated=st.booleans(),
+)
 
 
 @st.composite
@@ -26,19 +42,54 @@ def layouts(draw: st.DrawFn) -> tuple[ArenaLayout, tuple[tuple[tuple[int, int], 
         group = index if index < num_groups else draw(st.integers(0, num_groups - 1))
         groups[group].append(head)
     members = tuple(tuple(sorted(group)) for group in groups)
-    pages = tuple(
-        PageLayout(
-            draw(st.integers(1, 8)), draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from(DTYPES))
-        )
-        for _ in members
-    )
+    pages = tuple(draw(page_layouts) for _ in members)
     num_blocks = tuple(draw(st.integers(1, 5)) for _ in members)
     return build_arena_layout(members, pages, num_blocks), members
 
 
 def test_page_bytes() -> None:
     assert PAGE.page_bytes == 2 * 4 * 2 * 4
-    assert PageLayout(16, 128, torch.bfloat16).page_bytes == 8192
+    page = PageLayout(16, 128, torch.bfloat16)
+    assert page.page_bytes == 8192
+    scales = 2 * 16 * 2
+    assert replace(page, quantisation=QUANTISATIONS["int8"]).page_bytes == 4096 + scales
+    assert replace(page, quantisation=QUANTISATIONS["fp8"]).page_bytes == 4096 + scales
+    assert replace(page, quantisation=QUANTISATIONS["int4"]).page_bytes == 2048 + 2 * scales
+    assert replace(page, summarised=True).page_bytes == 8192 + 4 * 128 * 2
+    assert replace(page, compensated=True).page_bytes == 8192 + 2 * 128 * 4
+
+
+@given(page_layouts)
+def test_what_a_token_takes_is_what_its_page_takes(page: PageLayout) -> None:
+    """But for what pages say of all their tokens, and what alignment costs."""
+    summaries = 4 * page.head_dim * page.dtype.itemsize * page.summarised
+    summaries += 2 * 4 * page.head_dim * page.compensated
+    rest = page.page_bytes - summaries - page.block_size * page.entry_bytes
+    assert 0 <= rest < 6 * SECTION_ALIGNMENT_BYTES
+
+
+@given(page_layouts)
+def test_sections_are_aligned_and_do_not_overlap(page: PageLayout) -> None:
+    """Each section is written with a byte of its own, and all are there at the end."""
+    layout = build_arena_layout((((0, 0), (0, 1)),), (page,), (3,))
+    arena = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+    views = view_pages(layout, arena, 0)
+    sections = {each.name: getattr(views, each.name) for each in fields(views)}
+    assert (sections["scales"] is None) == (page.quantisation is None)
+    assert (sections["minima"] is None) == (page.quantisation != QUANTISATIONS["int4"])
+    assert (sections["bounds"] is None) == (not page.summarised)
+    assert (sections["sums"] is None) == (not page.compensated)
+    there = {name: section for name, section in sections.items() if section is not None}
+    for number, section in enumerate(there.values(), start=1):
+        assert section.shape[:2] == (3, 2)
+        address = section[1, 1].data_ptr() - layout.view_group(arena, 0)[1, 1].data_ptr()
+        assert address % SECTION_ALIGNMENT_BYTES == 0
+        section.view(torch.uint8).fill_(number)
+    for number, section in enumerate(there.values(), start=1):
+        assert (section.view(torch.uint8) == number).all()
+    taken = sum(section.nbytes for section in there.values())
+    assert (arena != 0).sum() == taken
+    assert taken <= 6 * page.page_bytes < taken + 6 * 6 * SECTION_ALIGNMENT_BYTES
 
 
 @given(layouts())
@@ -75,10 +126,8 @@ def test_a_view_agrees_with_the_formula(
     for group, heads in enumerate(members):
         page = layout.pages[group]
         view = layout.view_group(arena, group)
-        assert view.dtype == page.dtype
-        assert view.shape == (
-            layout.num_blocks[group], len(heads), 2, page.block_size, page.head_dim,
-        )  # fmt: skip
+        assert view.dtype == torch.uint8
+        assert view.shape == (layout.num_blocks[group], len(heads), page.page_bytes)
         for layer, kv_head in heads:
             _, index = layout.head_page(layer, kv_head)
             address = view[-1, index].data_ptr() - arena.data_ptr()
@@ -86,9 +135,11 @@ def test_a_view_agrees_with_the_formula(
             assert address == layout.group_bases[group] + page.page_bytes * (
                 block * layout.group_pages[group] + index
             )
+        pages = view_pages(layout, arena, group)
         # K first, then V.
-        half = page.page_bytes // 2
-        assert view[0, 0, 1].data_ptr() - view[0, 0, 0].data_ptr() == half
+        assert pages.keys.data_ptr() == view.data_ptr()
+        assert pages.values.data_ptr() == view.data_ptr() + page.values_at
+        assert pages.keys[-1, -1].data_ptr() == view[-1, -1].data_ptr()
 
 
 @given(layouts())

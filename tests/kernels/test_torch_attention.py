@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headlong.cache.policy import HeadPolicy
-from headlong.kernels import reference, torch_attention
+from headlong.kernels import reference, torch_pages
 from headlong.kernels.batch import UNBOUNDED
 from headlong.kernels.torch_attention import TorchAttention
 from support.compare import TOLERANCES, relative_error
@@ -89,7 +89,7 @@ def test_large_keys(dtype: torch.dtype) -> None:
 
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile boundaries inside prefill chunks and inside decodes."""
-    monkeypatch.setattr(torch_attention, "GATHER_TILE_BYTES", 1)
+    monkeypatch.setattr(torch_pages, "TILE_BYTES", 1)
     monkeypatch.setattr("headlong.kernels.torch_plan.PREFILL_TILE_ROWS", 16)
     check(build_case(geometry(), LENGTHS, seed=5), softcap=5.0, with_sinks=True)
 

@@ -27,18 +27,46 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_variants_are_all_that_launchers_choose(capability: tuple[int, int]) -> None:
+def test_of_plain_pages_all_that_launchers_choose(capability: tuple[int, int]) -> None:
     from headlong.kernels.triton_check import all_variants
     from headlong.kernels.triton_variant import DTYPES, HEAD_DIMS, TRITON_DTYPES
 
     names = [variant.name for variant in all_variants(capability)]
+    assert len(set(names)) == len(names)
     kernels = ["append", "merge", "decode", "prefill"]
-    expected = [
+    expected = {
         f"{kernel} {TRITON_DTYPES[dtype]} {head_dim}{softcap}"
         for kernel, dtype, head_dim in product(kernels, DTYPES, HEAD_DIMS)
         for softcap in (("", " softcap") if kernel in ("decode", "prefill") else ("",))
-    ]
-    assert sorted(names) == sorted(expected)
+    }
+    assert expected <= set(names)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_format_and_sets_of_them(capability: tuple[int, int]) -> None:
+    from headlong.kernels.triton_check import all_variants
+
+    names = {variant.name for variant in all_variants(capability)}
+    kernels, formats = ["append", "decode", "prefill"], ["int8", "fp8", "int4"]
+    heads = [*product(["bf16"], [64, 80, 128, 256]), ("fp16", 128)]
+    for kernel, name, (dtype, head_dim) in product(kernels, formats, heads):
+        assert f"{kernel} {dtype} {head_dim} {name}" in names
+    for kernel, name in product(kernels, ["none+int4", "int8+int4"]):
+        assert f"{kernel} bf16 128 {name}" in names
+        assert kernel == "append" or f"{kernel} bf16 128 {name} softcap" in names
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_all_that_chooses_pages(capability: tuple[int, int]) -> None:
+    from headlong.kernels.triton_check import all_variants
+    from headlong.kernels.triton_variant import DTYPES, HEAD_DIMS, TRITON_DTYPES
+
+    names = {variant.name for variant in all_variants(capability)}
+    for dtype, head_dim in product(DTYPES, HEAD_DIMS):
+        heads = f"{TRITON_DTYPES[dtype]} {head_dim}"
+        assert {f"drift {heads}", f"score {heads} spans", f"score {heads} pages"} <= names
+    assert {"choose spans", "choose pages", "decode bf16 128 choosing"} <= names
+    assert {f"decode fp16 128 {form} choosing" for form in ("int8", "fp8", "int4")} <= names
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -54,24 +82,26 @@ def test_a_variant_takes_every_argument_of_its_kernel(capability: tuple[int, int
         assert pointers == {name for name, kind in signature.items() if kind.startswith("*")}
 
 
+@pytest.mark.parametrize("formats", [1, 2], ids=["none", "int8"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_compiled_variants_fit(capability: tuple[int, int]) -> None:
+def test_compiled_variants_fit(capability: tuple[int, int], formats: int) -> None:
     from headlong.kernels.triton_check import compile_variant
     from headlong.kernels.triton_decode import decode_variant
     from headlong.kernels.triton_prefill import prefill_variant
 
     dtype = torch.bfloat16
-    decode = decode_variant(dtype, 64, softcap=False)
-    prefill = prefill_variant(dtype, 64, softcap=False, capability=capability)
+    decode = decode_variant(dtype, 64, softcap=False, formats=formats, capability=capability)
+    prefill = prefill_variant(dtype, 64, softcap=False, formats=formats, capability=capability)
     for variant in (decode, prefill):
         taken = compile_variant(variant, capability)
         assert taken.problems(capability) == []
         assert 32 <= taken.registers <= 255
         # At the least one tile of K and one of V, of which each stage has its own.
-        keys, head_dim = (variant.constants[name] for name in ("KEYS", "HEAD_DIM"))
+        kind = "KEYS" if formats == 1 else "CODE_KEYS"
+        keys, head_dim = (variant.constants[name] for name in (kind, "HEAD_DIM"))
         assert isinstance(keys, int)
         assert isinstance(head_dim, int)
-        tiles = 2 * keys * head_dim * dtype.itemsize
+        tiles = 2 * keys * head_dim * (dtype.itemsize if formats == 1 else 1)
         assert tiles <= taken.shared_bytes <= (variant.num_stages + 1) * tiles + 64 * 1024
 
 
@@ -79,9 +109,13 @@ def test_a_variant_that_spills_is_bad() -> None:
     from headlong.kernels.triton_check import MAX_SPILL_BYTES, compile_variant
     from headlong.kernels.triton_decode import decode_variant
 
-    variant = decode_variant(torch.float16, 128, softcap=False)
+    variant = decode_variant(torch.float16, 128, softcap=False, formats=1, capability=(8, 0))
     large = replace(
-        variant, constants={**variant.constants, "KEYS": 256}, num_warps=2, num_stages=1
+        variant,
+        constants={**variant.constants, "KEYS": 256},
+        num_warps=2,
+        num_stages=1,
+        max_registers=None,
     )
     taken = compile_variant(large, (8, 0))
     assert taken.spill_bytes > MAX_SPILL_BYTES
@@ -92,7 +126,7 @@ def test_a_variant_without_room_is_bad() -> None:
     from headlong.kernels.triton_check import compile_variant
     from headlong.kernels.triton_decode import decode_variant
 
-    variant = decode_variant(torch.float16, 128, softcap=False)
+    variant = decode_variant(torch.float16, 128, softcap=False, formats=1, capability=(8, 0))
     taken = compile_variant(replace(variant, num_stages=12), (8, 0))
     assert 163 * 1024 < taken.shared_bytes < 227 * 1024
     assert taken.problems((8, 0)) == ["more shared memory than 166912 bytes"]

@@ -30,6 +30,8 @@ pytestmark = triton_suite
 DECODES = ((0, 1), (63, 1), (300, 1), (127, 1), (16, 1), (64, 1))
 LENGTHS = (*DECODES[:4], (0, 33), (40, 9), (70, 20))
 DTYPES = [torch.float32, torch.bfloat16]
+QUANTISED = {"retrieval": "int4", "streaming": "int8"}
+KINDS = [(torch.float32, {}), (torch.bfloat16, {}), (torch.float32, QUANTISED)]
 ONE_LAYER = {"retrieval": ((True, False),)}
 
 
@@ -37,12 +39,12 @@ def same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "formats"), KINDS)
 def test_a_sequence_alone_is_as_in_a_batch(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, formats: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short_splits(monkeypatch)
-    case = build_case(geometry(dtype=dtype), LENGTHS, seed=1)
+    case = build_case(geometry(dtype=dtype, formats=formats), LENGTHS, seed=1)
     together = run(case, make_attention(case))
     for sequence, rows in enumerate(sequence_rows(case)):
         alone = run(pick(case, [sequence]), make_attention(case))
@@ -75,15 +77,18 @@ def test_how_many_programs_share_the_decodes(
     assert same(run(case, attention), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "formats"), KINDS)
 @pytest.mark.parametrize("policy", [HeadPolicy(4, 24), HeadPolicy(0, 17), HeadPolicy(40, 70)])
 def test_where_a_chunk_began(
-    policy: HeadPolicy, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    policy: HeadPolicy,
+    dtype: torch.dtype,
+    formats: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last rows of a chunk, as a chunk of their own. Tiles cut a query group in two."""
     # The interpreter multiplies by NumPy, where a row's product depends on its place in the matrix.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
-    settings = geometry(dtype=dtype, streaming=policy, group_size=3, **ONE_LAYER)
+    settings = geometry(dtype=dtype, formats=formats, streaming=policy, group_size=3, **ONE_LAYER)
     case = build_case(settings, ((60, 40),), seed=4)
     attention = make_attention(case)
     (whole,) = run(case, attention)
@@ -113,12 +118,15 @@ def padded(case: PagedCase, num_seqs: int) -> PagedCase:
     return replace(case, query=pad(case.query), key=pad(case.key), value=pad(case.value))
 
 
-def test_a_padded_step_is_as_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("formats", [{}, QUANTISED])
+def test_a_padded_step_is_as_the_step(
+    formats: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps of several sizes one after the other in one buffer, as graphs replay them."""
     from headlong.kernels.triton_attention import DecodeBuffer
 
     short_splits(monkeypatch)
-    case = build_case(geometry(), DECODES, seed=5)
+    case = build_case(geometry(formats=formats), DECODES, seed=5)
     sinks = torch.linspace(-2, 2, case.geometry.num_q_heads)
     attention = make_attention(case)
     with poisoned_memory():

@@ -5,6 +5,8 @@ a mutant cannot become the original unnoticed when the source moves on.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +26,24 @@ from support.triton import (
 )
 
 # A split that a mutant leaves empty has the logarithm of nothing.
-pytestmark = [*triton_suite, pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")]
+pytestmark = [
+    *triton_suite,
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    # What is read in the wrong place may be no number.
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+]
 
 # Float32 tiles of this size have 32 keys in a decode and 16 in a prefill chunk.
 GEOMETRY = geometry(
     retrieval=((True, False),), streaming=HeadPolicy(36, 40), group_size=3, head_dim=64
+)
+# Rows that are padded; two heads in one group, and one in another of another format.
+QUANTISED = replace(
+    GEOMETRY,
+    retrieval=((True, True, False),),
+    head_dim=80,
+    formats={"retrieval": "int4", "streaming": "int8"},
 )
 
 
@@ -48,6 +63,16 @@ def chunks() -> PagedCase:
     return build_case(GEOMETRY, ((0, 65), (100, 40)), seed=2)
 
 
+@cache
+def quantised_decodes() -> PagedCase:
+    return build_case(QUANTISED, ((50, 1), (128, 1)), seed=3)
+
+
+@cache
+def quantised_chunks() -> PagedCase:
+    return build_case(QUANTISED, ((60, 20),), seed=4)
+
+
 LAW = "return (j <= t) & ((j < sink_size) | (j > t - window_size))"
 
 LAWS = {
@@ -61,21 +86,21 @@ LAWS = {
 
 DECODE = {
     "a key lost at the edge of a split": Mutant(
-        "triton_decode", "last_key = tl.minimum(", "last_key = -1 + tl.minimum("
+        "triton_split", "last_key = tl.minimum(", "last_key = -1 + tl.minimum("
     ),
     "a split begins a key late": Mutant(
-        "triton_decode", "first_key = split * SPLIT_KEYS", "first_key = split * SPLIT_KEYS + 1"
+        "triton_split", "first_key = split * SPLIT_KEYS", "first_key = split * SPLIT_KEYS + 1"
     ),
     "a split ends a key late": Mutant(
-        "triton_decode",
+        "triton_split",
         "tl.minimum(first_key + SPLIT_KEYS,",
         "tl.minimum(first_key + SPLIT_KEYS + 1,",
     ),
     "the second split again": Mutant(
-        "triton_decode", "first_key = split *", "first_key = tl.minimum(split, 1) *"
+        "triton_split", "first_key = split *", "first_key = tl.minimum(split, 1) *"
     ),
     "a window without its first tile": Mutant(
-        "triton_decode",
+        "triton_split",
         "tl.maximum(window_low // KEY_ALIGNMENT * KEY_ALIGNMENT",
         "tl.maximum(tl.cdiv(window_low, KEY_ALIGNMENT) * KEY_ALIGNMENT",
     ),
@@ -94,22 +119,22 @@ DECODE = {
 
 PREFILL = {
     "the diagonal without the mask": Mutant(
-        "triton_prefill", "(nearest + 1) // KEYS * KEYS", "(nearest + KEYS) // KEYS * KEYS"
+        "triton_chunk", "(nearest + 1) // KEYS * KEYS", "(nearest + KEYS) // KEYS * KEYS"
     ),
     "the window's edge without the mask": Mutant(
-        "triton_prefill",
+        "triton_chunk",
         "inner = tl.cdiv(tl.maximum(farthest - window_size + 1, 0), KEYS)",
         "inner = (tl.maximum(farthest - window_size + 1, 0) // KEYS)",
     ),
     "the window of the last row": Mutant(
-        "triton_prefill", "tl.maximum(nearest - window_size", "tl.maximum(farthest - window_size"
+        "triton_chunk", "tl.maximum(nearest - window_size", "tl.maximum(farthest - window_size"
     ),
     "sinks up to a whole tile": Mutant(
-        "triton_prefill",
+        "triton_chunk",
         "sink_end = tl.cdiv(tl.minimum(sink_size, end), KEYS)",
         "sink_end = (tl.minimum(sink_size, end) // KEYS)",
     ),
-    "the last key lost": Mutant("triton_prefill", "end = farthest + 1", "end = farthest"),
+    "the last key lost": Mutant("triton_chunk", "end = farthest + 1", "end = farthest"),
 }
 
 BOTH = {
@@ -124,6 +149,75 @@ BOTH = {
     ),
 }
 
+CODES = {
+    "the scale of another token": Mutant(
+        "triton_pages", "(UNIT // 2) + inside", "(UNIT // 2) + (inside ^ 1)"
+    ),
+    "scales of keys for values": Mutant(
+        "triton_codes", "pointers + (1 << block_shift)", "pointers + 0"
+    ),
+    "keys without their scale": Mutant("triton_codes", "products *= scales[None, :]", "pass"),
+    "values without their scale": Mutant(
+        "triton_pages", "raised(weights, scales, FORMAT)", "raised(weights, scales * 0 + 1, FORMAT)"
+    ),
+    "keys without their minimum": Mutant(
+        "triton_codes", "products += query_sums[:, None] * minima[None, :]", "pass"
+    ),
+    "values without their minimum": Mutant(
+        "triton_pages", "acc += tl.sum(raised(weights, minima, FORMAT), 1)[:, None]", "pass"
+    ),
+    "scales for minima": Mutant(
+        "triton_pages",
+        "minima_ptr = halves_ptr + (base + tl.load(fields_ptr + 4))",
+        "minima_ptr = halves_ptr + (base + tl.load(fields_ptr + 3))",
+    ),
+    "nibbles swapped": Mutant(
+        "triton_codes", "tl.interleave(low, high)", "tl.interleave(high, low)"
+    ),
+    "codes without a sign": Mutant("triton_codes", "tile = tile.to(tl.int8, bitcast=True)", "pass"),
+    "a power of two too many": Mutant("triton_codes", "acc *= 1.0 / 64.0", "acc *= 1.0 / 32.0"),
+    "keys for values": Mutant(
+        "triton_pages", "values = base + tl.load(fields_ptr + 2)", "values = base"
+    ),
+    "the page of another head": Mutant(
+        "triton_pages", "page.to(tl.int64) * size", "page.to(tl.int64) * 0"
+    ),
+    "the block of another size": Mutant(
+        "triton_pages", "tl.load(fields_ptr + 7) * size", "tl.load(fields_ptr + 7) * size // 2"
+    ),
+    "the format of another group": Mutant(
+        "triton_pages", "groups_ptr + group * GROUPS_FIELDS + 8", "groups_ptr + 8"
+    ),
+}
+
+APPENDED = {
+    "written nibbles swapped": Mutant("triton_append", "low | (high << 4)", "high | (low << 4)"),
+    "cut off instead of rounded": Mutant(
+        "triton_codes", "+ ROUNDER) - ROUNDER", "+ 0.0).to(tl.int32).to(tl.float32)"
+    ),
+    "a scale of another number of steps": Mutant(
+        "triton_codes", "half_scale(spread, 15.0)", "half_scale(spread, 16.0)"
+    ),
+    "what pads a row among its elements": Mutant(
+        "triton_codes", 'tl.where(real, x, float("inf"))', "tl.where(real, x, -9.0)"
+    ),
+    "scales of values over those of keys": Mutant(
+        "triton_append", "scale_at += 1 << block_shift", "scale_at += 0"
+    ),
+}
+
+DECODED_CODES = {
+    "a sum over what pads the query": Mutant(
+        "triton_decode", "mask=wanted, other=0.0)", "mask=wanted, other=1.0)"
+    ),
+}
+
+PREFILLED_CODES = {
+    "a sum over what pads the query": Mutant(
+        "triton_prefill", "mask=wanted, other=0.0)", "mask=wanted, other=1.0)"
+    ),
+}
+
 MUTANTS = [
     pytest.param(make_case, mutant, id=f"{make_case.__name__}: {name}")
     for make_case, mutants in (
@@ -131,6 +225,8 @@ MUTANTS = [
         (chunks, {name: Mutant("triton_pages", LAW, wrong) for name, wrong in LAWS.items()}),
         (decodes, DECODE | BOTH),
         (chunks, PREFILL | BOTH),
+        (quantised_decodes, CODES | APPENDED | DECODED_CODES),
+        (quantised_chunks, CODES | PREFILLED_CODES),
     )
     for name, mutant in mutants.items()
 ]
@@ -155,7 +251,7 @@ def compare(case: PagedCase, package: str) -> None:
     check(case, make_attention(case, package), sinks=sinks)
 
 
-@pytest.mark.parametrize("make_case", [decodes, chunks])
+@pytest.mark.parametrize("make_case", [decodes, chunks, quantised_decodes, quantised_chunks])
 def test_the_original_passes(
     make_case: Callable[[], PagedCase], kernels: Callable[[Mutant], str]
 ) -> None:

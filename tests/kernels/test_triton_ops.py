@@ -16,11 +16,17 @@ LENGTHS = ((0, 1), (40, 9), (70, 1))
 OPS = ["append_kv", "decode_attention", "prefill_attention"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "formats"),
+    [(torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"retrieval": "int4"})],
+)
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(
+    name: str, dtype: torch.dtype, formats: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Schema, fake, autograd registration and tracing, on the arguments of a real step."""
-    case = build_case(geometry(dtype=dtype, retrieval=((True, False),)), LENGTHS, seed=1)
+    settings = geometry(dtype=dtype, formats=formats, retrieval=((True, False),))
+    case = build_case(settings, LENGTHS, seed=1)
     attention = make_attention(case)
     calls: list[tuple[object, ...]] = []
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import AutoConfig
 
@@ -32,18 +33,24 @@ def build_engine(
 
 
 def crowded_engines(
-    folder: Path, profile: Path, max_model_len: int, **changes: object
+    folder: Path,
+    profile: Path,
+    max_model_len: int,
+    features: Mapping[str, object] = MappingProxyType({}),
+    **changes: object,
 ) -> tuple[Engine, Engine]:
-    """One with room for everything, without a prefix cache, and one that has to preempt."""
-    roomy = build_engine(folder, profile=str(profile), enable_prefix_caching=False)
+    """One with room for everything, without a prefix cache, and one that has to preempt.
+
+    Both have the `features`, which decide what a request says.
+    """
+    roomy = build_engine(folder, profile=str(profile), enable_prefix_caching=False, **features)
     small = build_engine(
         folder,
         profile=str(profile),
         kv_cache_memory_bytes=roomy.plan.full_sequence_bytes(max_model_len) * 2,
-        block_size=8,
         max_model_len=max_model_len,
         kv_policy_tokens=max_model_len,
-        **changes,
+        **{"block_size": 8, **features, **changes},
     )
     return roomy, small
 

@@ -1,17 +1,18 @@
 """A small paged cache with a ragged batch in it, as the engine would have left it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from headlong.cache.capacity import CacheShape
 from headlong.cache.groups import HeadGroup, build_head_groups
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels import reference
 from headlong.kernels.batch import AttentionBatch
-from headlong.kernels.layout import ArenaLayout, PageLayout, build_arena_layout
+from headlong.kernels.layout import QUANTISATIONS, ArenaLayout, build_arena_layout
 from headlong.server.engine.batch import build_attention_batch
 
 
@@ -24,6 +25,10 @@ class Geometry:
     block_size: int
     native_windows: tuple[int | None, ...]
     dtype: torch.dtype = torch.float32
+    # of kinds of heads, by name; kinds left out are not quantised
+    formats: Mapping[str, str] = field(default_factory=dict)
+    summarised: bool = False
+    compensated: bool = False
 
     @property
     def num_kv_heads(self) -> int:
@@ -36,6 +41,20 @@ class Geometry:
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
         return build_head_groups(self.retrieval, self.streaming, self.native_windows)
+
+    @property
+    def shape(self) -> CacheShape:
+        return CacheShape(
+            self.groups,
+            self.head_dim,
+            self.dtype,
+            self.block_size,
+            max_num_seqs=1,
+            max_num_batched_tokens=1,
+            formats={kind: QUANTISATIONS[name] for kind, name in self.formats.items()},
+            summarised=self.summarised,
+            compensated=self.compensated,
+        )
 
 
 @dataclass
@@ -53,11 +72,10 @@ class PagedCase:
 
 
 def build_layout(geometry: Geometry, num_blocks: int) -> ArenaLayout:
-    page = PageLayout(geometry.block_size, geometry.head_dim, geometry.dtype)
     groups = geometry.groups
     return build_arena_layout(
         members=tuple(group.members for group in groups),
-        pages=(page,) * len(groups),
+        pages=tuple(geometry.shape.page(group) for group in groups),
         num_blocks=(num_blocks,) * len(groups),
     )
 
@@ -67,14 +85,12 @@ def build_case(
 ) -> PagedCase:
     """Sequences of (cached, new) tokens; what is cached was written in chunks, windows moving.
 
-    The arena begins as NaN, so whatever is read without having been written shows.
+    Every float of the arena begins as NaN, so whatever is read without having been written shows.
     """
     rng = torch.Generator().manual_seed(seed)
     longest = sum(-(-(old + new) // geometry.block_size) for old, new in lengths) + len(lengths)
     layout = build_layout(geometry, longest)
-    arena = torch.empty(layout.total_bytes, dtype=torch.uint8)
-    for group in range(layout.num_groups):
-        layout.view_group(arena, group).fill_(torch.nan)
+    arena = torch.full((layout.total_bytes,), 0xFF, dtype=torch.uint8)
     cache = KVCache(geometry.groups, layout)
     sequences = [cache.begin() for _ in lengths]
     num_layers = len(geometry.retrieval)

@@ -7,7 +7,7 @@ whole process, and the ordinary suite goes without either.
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,9 +21,12 @@ import torch
 
 from headlong.cache.policy import HeadPolicy
 from headlong.kernels import reference
+from headlong.kernels.batch import AttentionBatch
+from headlong.kernels.layout import ArenaLayout
 from headlong.server.engine.batch import build_attention_batch
 from support.compare import TOLERANCES, relative_error
 from support.paged import Geometry, PagedCase
+from support.summarised import Append, Growing
 
 if TYPE_CHECKING:
     from headlong.kernels.triton_attention import TritonAttention
@@ -79,6 +82,29 @@ def make_attention(case: PagedCase, package: str = "headlong.kernels") -> "Trito
         case.arena.to(DEVICE, copy=True), case.layout, case.geometry.num_q_heads
     )
     return attention
+
+
+def triton_append(
+    package: str = "headlong.kernels",
+) -> Callable[[torch.Tensor, ArenaLayout], Append]:
+    """The kernels under test as what writes into an arena; see `support.summarised`."""
+
+    def make(arena: torch.Tensor, layout: ArenaLayout) -> Append:
+        module = importlib.import_module(f"{package}.triton_attention")
+        num_kv_heads = sum(len(heads.kv_heads) for heads in layout.layers[0])
+        attention = module.TritonAttention(arena.to(DEVICE), layout, num_kv_heads)
+
+        def append(
+            layer: int, key: torch.Tensor, value: torch.Tensor, batch: AttentionBatch
+        ) -> None:
+            key, value = (each.to(DEVICE).transpose(0, 1) for each in (key, value))
+            attention.append(layer, key, value, attention.plan(batch))
+            if ON_CUDA:
+                arena.copy_(attention.arena)
+
+        return append
+
+    return make
 
 
 @contextmanager
@@ -164,6 +190,55 @@ def check(
                 f"layer {layer}, sequence {sequence}: off the reference by {error:.1e}"
             )
     assert torch.equal(attention.arena.cpu(), arena)
+
+
+def check_attention(
+    growing: Growing,
+    batch: AttentionBatch,
+    *,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    package: str = "headlong.kernels",
+    padded_to: int | None = None,
+) -> None:
+    """A step's attention beside the reference's, over the same pages."""
+    module = importlib.import_module(f"{package}.triton_attention")
+    rng = torch.Generator().manual_seed(7)
+    page = growing.layout.pages[0]
+    num_q_heads = 2 * sum(len(heads.kv_heads) for heads in growing.layout.layers[0])
+    attention = module.TritonAttention(growing.arena.to(DEVICE), growing.layout, num_q_heads)
+    num_tokens = int(batch.cu_seqlens_q[-1])
+    for layer in range(len(growing.layout.layers)):
+        query = torch.randn(num_tokens, num_q_heads, page.head_dim, generator=rng).to(page.dtype)
+        given = query
+        if padded_to is not None:
+            given = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, padded_to - num_tokens))
+        options = {"sm_scale": page.head_dim**-0.5, "softcap": softcap}
+        with poisoned_memory():
+            if padded_to is None:
+                plan = attention.plan(batch)
+            else:
+                buffer = module.DecodeBuffer(attention, padded_to)
+                plan = buffer.plan(padded_to)
+                assert buffer.take(batch, padded_to)
+            found = attention.attend(
+                layer,
+                given.to(DEVICE).transpose(0, 1),
+                plan,
+                sinks=None if sinks is None else sinks.to(DEVICE),
+                **options,
+            ).cpu()[:num_tokens]
+        expected = reference.attend(
+            query,
+            growing.arena,
+            growing.layout,
+            layer,
+            batch,
+            sinks=sinks,
+            **options,  # type: ignore[arg-type]
+        )
+        error = relative_error(found, expected)
+        assert error <= TOLERANCES[page.dtype], f"layer {layer}: off the reference by {error:.1e}"
 
 
 def sequence_rows(case: PagedCase) -> list[slice]:

@@ -2,7 +2,7 @@ import pytest
 
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
-from headlong.server.engine.status import CanaryStats, EngineStats
+from headlong.server.engine.status import CanaryStats, EngineStats, TierStats
 from headlong.server.telemetry.joined_observer import JoinedObserver
 from headlong.server.telemetry.observer import EndedCompletion, EndedRequest
 from headlong.server.telemetry.recent import (
@@ -30,7 +30,11 @@ STATS = EngineStats(
     prefix_hits_total=100,
     prefix_misses_total={"never_seen": 250, "salt": 30, "evicted": 20},
     canary=CanaryStats(requests=2, tokens=8, kl_sum=0.4, top1_agreed=6, skipped={"busy": 1}),
-)
+    tiers=TierStats(
+        host_bytes=512, disk_bytes=256, loaded_tokens=9, recomputed_tokens=4,
+        resumes={"swapped_in": 1}, lost_blocks={"unreadable": 2},
+    ),
+)  # fmt: skip
 
 
 class Clock:
@@ -107,6 +111,11 @@ def test_status_of_a_busy_engine(client, engine):
     assert status["canary"] == {
         "requests": 2, "tokens": 8, "mean_kl": 0.05, "top1_agreement": 0.75,
         "skipped": {"busy": 1},
+    }  # fmt: skip
+    assert status["tiers"] == {
+        "host_bytes": 512, "disk_bytes": 256, "loaded_tokens_total": 9,
+        "recomputed_tokens_total": 4, "resumes_total": {"swapped_in": 1},
+        "lost_blocks_total": {"unreadable": 2},
     }  # fmt: skip
     throughput = status["throughput"]
     assert (throughput["prompt_tokens_total"], throughput["generation_tokens_total"]) == (400, 50)

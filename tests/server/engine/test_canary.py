@@ -76,6 +76,35 @@ def test_a_request_that_kept_everything_needs_no_second_look(build: Callable[...
     assert engine.stats().canary.skipped == {"full_already": 1}
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_a_budget_costs_is_seen(build: Callable[..., Engine], full: bool) -> None:
+    """What was decoded is decoded again, beside a reference in longer chunks."""
+    engine = build(block_size=8, retrieval_budget=64)
+    answer = serve(engine, kv_policy=KVPolicy(full=True) if full else None)
+    while engine.idle_step():
+        engine.cache.check_integrity()
+    found = engine.stats().canary
+    assert (found.requests, found.tokens) == (1, 12)
+    tokens, since = (PROMPT + answer)[:-1], len(PROMPT) - 1
+    reference = logits_of(engine, tokens, full=True)[since:]
+    policies = engine.cache.policies(RETRIEVAL if full else None)
+    chunks = list(engine.reader().logits(tokens, policies, since, len(PROMPT)))
+    assert [len(chunk) for chunk in chunks] == [1] * 12
+    served = torch.cat(chunks).double()
+    p, q = torch.log_softmax(reference, dim=-1), torch.log_softmax(served, dim=-1)
+    expected = float((p.exp() * (p - q)).sum())
+    assert expected > 1e-3
+    assert found.kl_sum == pytest.approx(expected, rel=1e-4)
+    assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+
+
+def test_a_budget_that_covers_the_request_costs_nothing(build: Callable[..., Engine]) -> None:
+    engine = build(block_size=8, retrieval_budget=104)
+    serve(engine, kv_policy=KVPolicy(full=True))
+    assert not engine.idle_step()
+    assert engine.stats().canary.skipped == {"full_already": 1}
+
+
 def test_it_makes_way_for_requests_and_starts_over(build: Callable[..., Engine]) -> None:
     engine = build()
     tokens = serve(engine)
@@ -127,7 +156,13 @@ def test_it_gives_up_what_is_interrupted_again_and_again(build: Callable[..., En
 
 
 def test_what_does_not_fit_is_skipped(build: Callable[..., Engine]) -> None:
-    engine = build(kv_policy_tokens=0, max_num_seqs=1, max_num_batched_tokens=16, block_size=8)
+    engine = build(
+        kv_policy_tokens=0,
+        max_num_seqs=1,
+        max_num_batched_tokens=16,
+        block_size=8,
+        arena_balance="fixed",
+    )
     serve(engine)
     while engine.idle_step():
         engine.cache.check_integrity()

@@ -74,6 +74,41 @@ def test_tokens_are_those_of_the_torch_backend(
     assert set(taken) == {3}
 
 
+def test_pages_are_chosen_inside_a_graph(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model("llama")
+    profile = str(random_profile(folder, tmp_path / "profile.json", seed=2))
+    settings: dict[str, object] = {
+        "profile": profile,
+        "block_size": 8,
+        "max_num_seqs": 2,
+        "max_model_len": 128,
+        "enable_prefix_caching": False,
+        "retrieval_budget": 64,
+        "selection_reuse_steps": 2,
+        "selection_min_similarity": 0.5,
+    }
+    prompts = random_prompts([75, 12], VOCAB_SIZE)
+    expected = run(build_engine(folder, **settings), prompts, greedy(6))
+    settings["attention_backend"] = "triton"
+    engine = build_engine(folder, **settings)
+    assert run(engine, prompts, greedy(6)) == expected
+    graphs = with_graphs(engine)
+    taken: list[bool] = []
+    forward = graphs.forward
+
+    def noted(*arguments: torch.Tensor) -> torch.Tensor | None:
+        logits = forward(*arguments)  # type: ignore[arg-type]
+        taken.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(graphs, "forward", noted)
+    assert run(engine, prompts, greedy(6)) == expected
+    assert all(taken)
+    assert len(taken) == 5
+
+
 def test_a_batch_that_does_not_fit_is_run_without_a_graph(
     tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 import torch
 
-from headlong.cache.kv_cache import BlockCopy
-from headlong.kernels.batch import AttentionBatch, GroupBatch
+from headlong.cache.block_copy import BlockCopy
+from headlong.kernels.batch import AttentionBatch, GroupBatch, SelectionBatch
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.messages import LENGTH_BYTES, Failed, Fault, Stop, encode
 from headlong.server.engine.rank_messages import (
@@ -44,15 +44,17 @@ def test_events_arrive_as_they_were(message: Reached | Failed) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (3,), (2, 0), (2, 3)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
 def test_a_tensor_arrives_as_it_was(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.randint(-(2**31), 2**31, shape).to(dtype)
+    tensor = torch.randint(-(2**31), 2**31, shape)
+    tensor = tensor > 0 if dtype == torch.bool else tensor.to(dtype)
     again = Table.of(tensor).tensor()
     assert torch.equal(again, tensor)
     assert (again.dtype, again.shape) == (dtype, tensor.shape)
 
 
-def test_a_batch_arrives_as_it_was() -> None:
+@pytest.mark.parametrize("chooses", [False, True])
+def test_a_batch_arrives_as_it_was(chooses: bool) -> None:
     def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.randint(0, 2**31, shape).to(dtype)
 
@@ -68,7 +70,8 @@ def test_a_batch_arrives_as_it_was() -> None:
         )
         for width in (5, 0)
     )
-    batch = AttentionBatch(numbers(3), numbers(2), groups)
+    selection = SelectionBatch(numbers(2), numbers(2), torch.tensor([True, False]))
+    batch = AttentionBatch(numbers(3), numbers(2), groups, selection if chooses else None)
     tokens, positions, rows = (numbers(count, dtype=torch.int64) for count in (7, 7, 0))
     message = arrived(Forward.of(tokens, positions, batch, rows))
     assert isinstance(message, Forward)
@@ -81,6 +84,13 @@ def test_a_batch_arrives_as_it_was() -> None:
     for found, group in zip(again.groups, groups, strict=True):
         for field in fields(GroupBatch):
             assert torch.equal(getattr(found, field.name), getattr(group, field.name))
+    if not chooses:
+        assert again.selection is None
+        return
+    for field in fields(SelectionBatch):
+        found_tensor = getattr(again.selection, field.name)
+        assert torch.equal(found_tensor, getattr(selection, field.name))
+        assert found_tensor.dtype == getattr(selection, field.name).dtype
 
 
 def test_what_is_no_message_is_refused() -> None:

@@ -39,7 +39,7 @@ DIGITS = Structure("regex", "[0-9]{20}")
 SETTINGS: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"load_format": "dummy", "seed": 5},
-    "gemma3": {},
+    "gemma3": {"retrieval_budget": 64, "selection_reuse_steps": 4},
 }
 
 

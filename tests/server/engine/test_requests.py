@@ -128,7 +128,7 @@ def test_a_structure_that_cannot_be_compiled_leaves_nothing(
         ({"kv_policy_max_window_size": 50}, KVPolicy(full=True), "window_size of at most 50"),
         ({"kv_policy_max_window_size": 0}, KVPolicy(window_size=50), "leaves kv_policy to"),
         (
-            {"max_num_seqs": 1, "max_num_batched_tokens": 8},
+            {"max_num_seqs": 1, "max_num_batched_tokens": 8, "arena_balance": "fixed"},
             KVPolicy(full=True),
             "the cache holds .* tokens of a request, and it needs 108",
         ),
@@ -155,7 +155,10 @@ def test_without_streaming_heads_a_wider_policy_changes_nothing(
 def test_a_wide_request_of_open_length_ends_where_the_cache_does(
     build: Callable[..., Engine],
 ) -> None:
-    engine = build(max_num_seqs=1, max_num_batched_tokens=64)
+    # All of the model's context over streaming heads, but less without.
+    memory = build().plan.full_sequence_bytes(200)
+    engine = build(max_num_seqs=1, max_num_batched_tokens=64, kv_cache_memory_bytes=memory)
+    assert engine.max_model_len == 256
     params = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
     request = EngineRequest(
         "r", PROMPTS[0], params, asked_max_tokens=False, kv_policy=KVPolicy(full=True)

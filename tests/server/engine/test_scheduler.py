@@ -108,8 +108,8 @@ def test_every_decode_runs_in_every_step(build: Callable[..., Engine]) -> None:
 
 def test_what_is_asked_for_is_reserved(build: Callable[..., Engine]) -> None:
     """Two that would fit now, but not at their ends: the second waits, and nobody is preempted."""
-    full = build(max_model_len=128).plan.full_sequence_bytes(128)
-    engine = build(max_model_len=128, kv_cache_memory_bytes=full * 3 // 2, max_num_seqs=4)
+    own = build(max_model_len=128).plan.sequence_bytes(128)
+    engine = build(max_model_len=128, kv_cache_memory_bytes=own * 3 // 2, max_num_seqs=4)
     add(engine, "first", SHORT[0], 110)
     add(engine, "second", SHORT[1], 110)
     engine.step()
@@ -124,8 +124,8 @@ def test_what_is_asked_for_is_reserved(build: Callable[..., Engine]) -> None:
 def test_a_small_request_passes_one_for_which_there_is_no_room(
     build: Callable[..., Engine],
 ) -> None:
-    full = build(max_model_len=128).plan.full_sequence_bytes(128)
-    engine = build(max_model_len=128, kv_cache_memory_bytes=full * 3 // 2, max_num_seqs=4)
+    own = build(max_model_len=128).plan.sequence_bytes(128)
+    engine = build(max_model_len=128, kv_cache_memory_bytes=own * 3 // 2, max_num_seqs=4)
     add(engine, "first", SHORT[0], 110)
     engine.step()
     add(engine, "large", SHORT[1], 110)
@@ -135,8 +135,8 @@ def test_a_small_request_passes_one_for_which_there_is_no_room(
 
 
 def test_it_is_not_passed_for_ever(build: Callable[..., Engine]) -> None:
-    full = build(max_model_len=128).plan.full_sequence_bytes(128)
-    engine = build(max_model_len=128, kv_cache_memory_bytes=full * 3 // 2, max_num_seqs=4)
+    own = build(max_model_len=128).plan.sequence_bytes(128)
+    engine = build(max_model_len=128, kv_cache_memory_bytes=own * 3 // 2, max_num_seqs=4)
     add(engine, "first", SHORT[0], 110)
     engine.step()
     add(engine, "large", SHORT[1], 110)
@@ -157,8 +157,8 @@ def test_the_least_important_loses_its_blocks(
     build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
-    full = build(max_model_len=128).plan.full_sequence_bytes(128)
-    engine = build(max_model_len=128, kv_cache_memory_bytes=full * 3 // 2, max_num_seqs=4)
+    own = build(max_model_len=128).plan.sequence_bytes(128)
+    engine = build(max_model_len=128, kv_cache_memory_bytes=own * 3 // 2, max_num_seqs=4)
     expected = run(build(max_model_len=128), [SHORT[0], SHORT[1]], greedy(110))
     add(engine, "unimportant", SHORT[0], 110, priority=5, asked_max_tokens=False)
     add(engine, "important", SHORT[1], 110, priority=-5, asked_max_tokens=False)
@@ -185,8 +185,8 @@ def test_a_priority_takes_nothing_from_another_tenant(
     build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
-    full = build(max_model_len=128).plan.full_sequence_bytes(128)
-    engine = build(max_model_len=128, kv_cache_memory_bytes=full * 3 // 2, max_num_seqs=4)
+    own = build(max_model_len=128).plan.sequence_bytes(128)
+    engine = build(max_model_len=128, kv_cache_memory_bytes=own * 3 // 2, max_num_seqs=4)
     options = {"asked_max_tokens": False}
     add(engine, "modest", SHORT[0], 110, tenant="modest", **options)
     add(engine, "greedy", SHORT[1], 110, tenant="greedy", priority=-9, **options)

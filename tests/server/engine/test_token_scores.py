@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,11 +119,11 @@ def test_an_error_holds_no_blocks_while_it_is_handled(
     whole = sides[broken_side]._chunk
     owned: list[int] = []
 
-    def broken(sequence: SequenceCache, token_ids: Sequence[int], first_row: int) -> torch.Tensor:
+    def broken(sequence: SequenceCache, *rest: object) -> torch.Tensor:
         if sequence.num_tokens:
             owned.extend(side._cache.owned_bytes for side in sides)
             raise RuntimeError("the second chunk")
-        return whole(sequence, token_ids, first_row)
+        return whole(sequence, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sides[broken_side], "_chunk", broken)
     try:

@@ -3,7 +3,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headlong.server.engine.status import CanaryStats, EngineStats
+from headlong.server.engine.status import CanaryStats, EngineStats, TierStats
 from headlong.server.fleet.stats import MAX_GONE, FleetStats
 
 A = EngineStats(
@@ -11,11 +11,18 @@ A = EngineStats(
     kv_bytes_owned=10, kv_bytes_full=30, prompt_tokens_total=100, generation_tokens_total=7,
     prefix_queries_total=100, prefix_hits_total=40, prefix_misses_total={"never_seen": 60},
     step_prefill_tokens=9, step_s=0.5, step_s_total=2.0, canary=CanaryStats(tokens=3, kl_sum=0.5),
+    tiers=TierStats(
+        host_bytes=64, disk_bytes=32, loaded_tokens=8,
+        moved_seconds={**TierStats().moved_seconds, "to_host": 0.5},
+    ),
 )  # fmt: skip
 B = EngineStats(
     steps_total=2, num_running=1, owned_blocks=(1, 1), cached_blocks=(2, 2), prompt_tokens_total=11,
     prefix_misses_total={"never_seen": 1, "evicted": 2}, step_decode_tokens=4,
     canary=CanaryStats(tokens=1, skipped={"busy": 1}),
+    tiers=TierStats(
+        host_bytes=16, recomputed_tokens=3, resumes={"swapped_in": 2}, lost_blocks={"unwritten": 1}
+    ),
 )  # fmt: skip
 
 
@@ -30,6 +37,12 @@ def test_the_sum_of_two() -> None:
         prefix_queries_total=100, prefix_hits_total=40,
         prefix_misses_total={"never_seen": 61, "evicted": 2}, step_s_total=2.0,
         canary=CanaryStats(tokens=4, kl_sum=0.5, skipped={"busy": 1}),
+        tiers=TierStats(
+            host_bytes=80, disk_bytes=32, loaded_tokens=8, recomputed_tokens=3,
+            resumes={**TierStats().resumes, "swapped_in": 2},
+            moved_seconds={**TierStats().moved_seconds, "to_host": 0.5},
+            lost_blocks={**TierStats().lost_blocks, "unwritten": 1},
+        ),
         # The last step is that of the one that reported.
         step_prefill_tokens=0, step_decode_tokens=4, step_s=0.0,
     )  # fmt: skip

@@ -206,6 +206,7 @@ def test_the_dashboard_as_a_whole() -> None:
         "Throughput",
         "Head-aware cache",
         "Prefix cache",
+        "Host and disk",
         "Engine",
         "Quality (canary)",
         "Process",

@@ -10,7 +10,7 @@ from headlong.server.app import create_app
 from headlong.server.config import ServerConfig
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
-from headlong.server.engine.status import CanaryStats, EngineStats
+from headlong.server.engine.status import CanaryStats, EngineStats, TierStats
 from headlong.server.telemetry.observer import EndedCompletion, EndedRequest
 
 STATS = EngineStats(
@@ -33,6 +33,16 @@ STATS = EngineStats(
     model_s_total=1.25,
     canary=CanaryStats(
         requests=5, tokens=50, kl_sum=0.5, top1_agreed=49, skipped={"busy": 2, "no_room": 1}
+    ),
+    tiers=TierStats(
+        host_bytes=4096,
+        disk_bytes=8192,
+        loaded_tokens=60,
+        recomputed_tokens=7,
+        resumes={"swapped_in": 3, "recomputed": 1},
+        moved_bytes={"to_host": 12288, "from_host": 5120},
+        moved_seconds={"to_host": 0.5, "from_host": 0.25},
+        lost_blocks={"disk_busy": 6},
     ),
 )
 SECRETS = (
@@ -64,6 +74,14 @@ TYPES = {
     "prefix_cache_queries": "counter",
     "prefix_cache_hits": "counter",
     "prefix_cache_misses": "counter",
+    "prefix_cache_loaded_tokens": "counter",
+    "prefix_cache_recomputed_tokens": "counter",
+    "preemption_resumes": "counter",
+    "host_cache_bytes": "gauge",
+    "disk_cache_bytes": "gauge",
+    "kv_moved_bytes": "counter",
+    "kv_moved_seconds": "counter",
+    "kv_lost_blocks": "counter",
     "canary_requests": "counter",
     "canary_kl_nats": "summary",
     "canary_top1_agreement": "summary",
@@ -169,6 +187,23 @@ def test_what_the_engine_counts_is_read_at_every_scrape(scrape, engine):
     assert after["prefix_cache_misses_total", "evicted"] == 50
     assert after["kv_bytes_owned",] == 70 * 512
     assert after["kv_bytes_saved",] == 30 * 512
+
+
+def test_what_is_kept_beyond_the_arena(scrape, engine):
+    before = scrape()
+    assert before["kv_moved_bytes_total", "to_disk"] == 0, "a series begins at zero"
+    assert before["kv_lost_blocks_total", "unreadable"] == 0
+    engine.stats = STATS
+    after = scrape()
+    assert after["host_cache_bytes",] == 4096
+    assert after["disk_cache_bytes",] == 8192
+    assert after["prefix_cache_loaded_tokens_total",] == 60
+    assert after["prefix_cache_recomputed_tokens_total",] == 7
+    assert after["preemption_resumes_total", "swapped_in"] == 3
+    assert after["preemption_resumes_total", "recomputed"] == 1
+    assert after["kv_moved_bytes_total", "from_host"] == 5120
+    assert after["kv_moved_seconds_total", "to_host"] == 0.5
+    assert after["kv_lost_blocks_total", "disk_busy"] == 6
 
 
 def test_usage_is_that_of_the_fullest_group(scrape, engine):
