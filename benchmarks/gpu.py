@@ -27,6 +27,8 @@ import re
 import sys
 import time
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -106,6 +108,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         **{package: importlib.import_module(package).__version__ for package in packages},
+        "torchao": metadata.version("torchao") if find_spec("torchao") else None,
     }
 
 

@@ -32,8 +32,8 @@ from gpu_session import Entry, Session
 
 from headlong.cache.policy import HeadPolicy
 from headlong.kernels import reference
-from headlong.kernels.backend import SelectionSettings, make_backend
-from headlong.kernels.batch import UNBOUNDED, AttentionBatch, SelectionBatch
+from headlong.kernels.backend import make_backend
+from headlong.kernels.batch import UNBOUNDED, AttentionBatch, SelectionBatch, SelectionSettings
 from headlong.kernels.layout import view_pages
 from headlong.kernels.reference_selection import Choices
 from headlong.server.engine.batch import build_attention_batch

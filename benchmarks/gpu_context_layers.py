@@ -13,8 +13,7 @@ from gpu_layers import Kind, PagedLayers, short
 from gpu_paged import Chunk, HeadShape, Pages, all_heads
 from gpu_session import Entry, Session
 
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import SelectionBatch
+from headlong.kernels.batch import SelectionBatch, SelectionSettings
 
 Form = Literal["int8", "fp8", "int4"]
 

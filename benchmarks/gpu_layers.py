@@ -8,7 +8,8 @@ import torch
 from gpu_paged import DUO_ATTENTION, Chunk, HeadShape, Pages, build_paged, even_labels
 
 from headlong.cache.policy import HeadPolicy
-from headlong.kernels.backend import SelectionSettings, make_backend
+from headlong.kernels.backend import make_backend
+from headlong.kernels.batch import SelectionSettings
 
 if TYPE_CHECKING:
     from headlong.kernels.triton_plan import TritonPlan

@@ -51,14 +51,17 @@ def summary(results: Results) -> dict[str, object]:
 
 
 def _check_rows(parts: Parts) -> list[Row]:
-    found = parts.get("kernels-check", {})
+    found: dict[tuple[str, bool], list[Entry]] = {}
+    for entry in parts.get("kernels-check", {}).values():
+        if "dtype" in entry:
+            found.setdefault((entry["dtype"], bool(entry.get("formats"))), []).append(entry)
     rows: list[Row] = []
-    for dtype in sorted({entry["dtype"] for entry in found.values() if "dtype" in entry}):
-        cases = [entry for entry in found.values() if entry.get("dtype") == dtype]
+    for (dtype, quantised), cases in sorted(found.items()):
         good = sum(entry["status"] == "ok" for entry in cases)
         worst = max((entry["error"] for entry in cases), key=lambda e: (math.isnan(e), e))
+        shown = f"{dtype}, quantised pages" if quantised else dtype
         tolerance = cases[0]["tolerance"]
-        rows.append((dtype, f"{good} of {len(cases)}", f"{worst:.2e}", f"{tolerance:.0e}"))
+        rows.append((shown, f"{good} of {len(cases)}", f"{worst:.2e}", f"{tolerance:.0e}"))
     return [("dtype", "passed", "worst error", "tolerance"), *rows] if rows else []
 
 

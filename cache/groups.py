@@ -31,7 +31,7 @@ class HeadGroup:
 
     @property
     def kind(self) -> str:
-        """ "retrieval", "streaming" or "sliding"."""
+        """Which of the three kinds it is: retrieval, streaming or sliding."""
         return self.name.partition("-")[0]
 
 

@@ -37,6 +37,24 @@ class GroupBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class SelectionSettings:
+    """How retrieval heads choose pages, beside what a batch says.
+
+    Attributes:
+        budget_tokens: Most tokens of any sequence's budget that is not unbounded.
+        num_places: Sequences whose choices are remembered at once.
+        max_context: Longest context in tokens.
+        min_similarity: A choice is renewed when the cosine of the query and the one that it was
+            made for is below this for any query head of a KV head; None does not look.
+    """
+
+    budget_tokens: int
+    num_places: int
+    max_context: int
+    min_similarity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SelectionBatch:
     """How much of its context each sequence's one new token may read, page by page.
 

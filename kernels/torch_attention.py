@@ -9,8 +9,7 @@ heads.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import AttentionBatch
+from headlong.kernels.batch import AttentionBatch, SelectionSettings
 from headlong.kernels.layout import ArenaLayout, LayerHeads
 from headlong.kernels.torch_compensation import DroppedPlan, dropped_means
 from headlong.kernels.torch_hidden import HiddenKeys

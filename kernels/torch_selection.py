@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import UNBOUNDED, AttentionBatch, GroupBatch
+from headlong.kernels.batch import UNBOUNDED, AttentionBatch, GroupBatch, SelectionSettings
 from headlong.kernels.layout import SPAN_BLOCKS, ArenaLayout, LayerHeads, PageLayout
 from headlong.kernels.reference_selection import FIRST_PAGES, NEWEST_PAGES, num_spans_looked_at
 from headlong.kernels.torch_hidden import HiddenKeys

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import AttentionBatch
+from headlong.kernels.batch import AttentionBatch, SelectionSettings
 from headlong.kernels.layout import ArenaLayout
 from headlong.kernels.triton_append import append_kv
 from headlong.kernels.triton_codes import page_formats

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from headlong.kernels.backend import SelectionSettings
+from headlong.kernels.batch import SelectionSettings
 from headlong.kernels.layout import (
     SECTION_ALIGNMENT_BYTES,
     SPAN_BLOCKS,

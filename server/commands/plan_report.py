@@ -43,6 +43,7 @@ def plan_json(sizing: Sizing) -> Json:
         "model_max_context": model.max_context,
         "activation_bytes": sizing.activation_bytes,
         "sampling_bytes": None if memory is None else memory.sampling_bytes,
+        "choices_bytes": None if memory is None else memory.choices_bytes,
         "cuda_context_bytes": None if memory is None else memory.used_bytes - sizing.weights_bytes,
         "kv_cache_bytes": sizing.cache_bytes,
         "arena_bytes": sizing.arena_bytes,
@@ -110,8 +111,10 @@ def memory_parts(sizing: Sizing) -> list[tuple[str, int]]:
     if memory is None:
         return [*parts, ("KV cache", sizing.cache_bytes)]
     context = memory.used_bytes - sizing.weights_bytes
+    parts.append((f"sampling for {counted(config.max_num_seqs, 'sequence')}", memory.sampling_bytes))
+    if memory.choices_bytes:
+        parts.append(("chosen pages", memory.choices_bytes))
     parts += [
-        (f"sampling for {counted(config.max_num_seqs, 'sequence')}", memory.sampling_bytes),
         ("CUDA and kernels, an allowance", context),
         ("KV cache", sizing.cache_bytes),
     ]

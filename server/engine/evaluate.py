@@ -27,6 +27,23 @@ _Key = tuple[tuple[str, ...], int, int]
 """Labels, sink size and window size: what makes one cache another."""
 
 
+def without_compression(config: EngineConfig) -> EngineConfig:
+    """The settings of an engine whose heads all keep and read everything, as the layers make it."""
+    return replace(
+        config,
+        profile=None,
+        sparsity=None,
+        threshold=None,
+        sink_size=None,
+        window_size=None,
+        kv_cache_dtype="auto",
+        compensation="off",
+        retrieval_budget=None,
+        selection_reuse_steps=1,
+        selection_min_similarity=None,
+    )
+
+
 class EngineAnswers:
     """Answers prompts greedily, all of a call in one continuous batch.
 

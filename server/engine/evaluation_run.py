@@ -38,7 +38,7 @@ from headlong.profiling.prompts import check_tokenizer, encode_content
 from headlong.profiling.scorer import HeadScorer
 from headlong.profiling.tasks.registry import TASKS, TOKEN_TASKS, parse_tasks
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.evaluate import EngineCaches
+from headlong.server.engine.evaluate import EngineCaches, without_compression
 from headlong.server.engine.model import LoadedModel, load_model
 from headlong.server.engine.weights import dtype_name, weights_digest
 from headlong.server.errors import ConfigError
@@ -52,7 +52,7 @@ class EvaluationRequest:
     """What is to be evaluated.
 
     Attributes:
-        config: Model and engine; its profile, sparsity and sizes play no part.
+        config: Model and engine; what it says of compression of the cache plays no part.
         tasks: Names of tasks and groups.
         profiles: Head profiles: JSON files or DuoAttention's folders.
         methods: Names of scoring methods and controls.
@@ -178,15 +178,7 @@ class Evaluation:
         )
         texts = self._texts(model, lengths, chat=chat)
         longest = max((*self._spans(lengths), *(len(t) for each in texts.values() for t in each)))
-        config = replace(
-            request.config,
-            profile=None,
-            sparsity=None,
-            threshold=None,
-            sink_size=None,
-            window_size=None,
-            max_model_len=longest,
-        )
+        config = replace(without_compression(request.config), max_model_len=longest)
         sweep = Sweep(
             report=report,
             tokenizer=model.tokenizer,

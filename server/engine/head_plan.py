@@ -28,6 +28,10 @@ def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...
     """
     geometry = model.geometry
     if config.profile is None:
+        if config.compensation == "on":
+            raise ConfigError(
+                "compensation needs a profile: without one no head drops tokens", "compensation"
+            )
         labels = [[True] * geometry.num_kv_heads for _ in range(geometry.num_layers)]
         return build_head_groups(labels, RETRIEVAL, geometry.native_windows)
     try:
@@ -40,10 +44,19 @@ def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...
         )
     except ValueError as error:
         raise ConfigError(f"profile {config.profile!r}: {error}", "profile") from error
-    if config.compensation == "on" and streaming.window_size < 2:
+    check_compensation(config, streaming.window_size)
+    return build_head_groups(profile_labels, streaming, geometry.native_windows)
+
+
+def check_compensation(config: EngineConfig, window_size: int) -> None:
+    """Refuse a window that is too small for the compensation that is asked for.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if config.compensation == "on" and window_size < 2:
         # What a token adds to the sums is read from its page when the next one comes.
         raise ConfigError("compensation needs a window_size of at least 2", "compensation")
-    return build_head_groups(profile_labels, streaming, geometry.native_windows)
 
 
 def retrieval_labels(groups: tuple[HeadGroup, ...], geometry: ModelGeometry) -> list[list[bool]]:

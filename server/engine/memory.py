@@ -1,7 +1,7 @@
 """How much memory the arena may take on this machine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from headlong.cache.capacity import CacheShape, CapacityError, MemoryPlan, plan_memory
 from headlong.cache.groups import HeadGroup
 from headlong.kernels.layout import QUANTISATIONS, ArenaLayout, Quantisation
+from headlong.kernels.torch_selection import most_chosen
 from headlong.server.engine.attention import AttentionProbe
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.kv_cache_dtype import read_kv_cache_dtype
@@ -16,6 +17,7 @@ from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
 from headlong.server.engine.process_group import least
 from headlong.server.engine.rank_plan import plan_ranks
 from headlong.server.engine.scheduler import SCORED_TOKENS
+from headlong.server.engine.selection import SelectionRule
 from headlong.server.engine.weights import dtype_name
 from headlong.server.errors import ConfigError
 
@@ -41,27 +43,30 @@ class DeviceMemory:
         used_bytes: In use once the model is loaded, by everyone who uses the device.
         activation_bytes: Most that the layers of the largest step take.
         sampling_bytes: Taken by sampling.
+        choices_bytes: Taken by the pages that heads have chosen.
     """
 
     total_bytes: int
     used_bytes: int
     activation_bytes: int
     sampling_bytes: int
+    choices_bytes: int = 0
 
     def cache_bytes(self, utilization: float) -> int:
         """What is left for the cache: 0 or more.
 
-        max(0, utilization * total - used - activation - sampling)
+        max(0, utilization * total - used - activation - sampling - choices)
         """
-        needed = self.used_bytes + self.activation_bytes + self.sampling_bytes
-        return max(0, int(self.total_bytes * utilization) - needed)
+        for_steps = self.activation_bytes + self.sampling_bytes + self.choices_bytes
+        return max(0, int(self.total_bytes * utilization) - self.used_bytes - for_steps)
 
     def explain(self, utilization: float) -> str:
         """The same, for the person who has to choose another fraction."""
+        choices = f", chosen pages {_gib(self.choices_bytes)}" if self.choices_bytes else ""
         return (
             f"gpu_memory_utilization {utilization:g} of {_gib(self.total_bytes)} is "
             f"{_gib(int(self.total_bytes * utilization))}; {_gib(self.used_bytes)} are in use, a "
-            f"step takes {_gib(self.activation_bytes)} and sampling {_gib(self.sampling_bytes)}, "
+            f"step takes {_gib(self.activation_bytes)} and sampling {_gib(self.sampling_bytes)}{choices}, "
             f"which leaves {_gib(self.cache_bytes(utilization))} of KV cache"
         )
 
@@ -85,7 +90,7 @@ def plan_arena(
     wanted = config.max_model_len
     max_model_len = longest_wanted(config, model)
     shape = cache_shape(config, model.geometry, groups)
-    budget = _budget(config, model)
+    budget = _budget(config, model, groups)
     try:
         plan, layout = (
             plan_memory(shape, budget.num_bytes, max_model_len)
@@ -178,12 +183,13 @@ class _Budget:
     origin: str = ""
 
 
-def _budget(config: EngineConfig, model: LoadedModel) -> _Budget:
+def _budget(config: EngineConfig, model: LoadedModel, groups: tuple[HeadGroup, ...]) -> _Budget:
     param = arena_param(config, model.device)
     if param == "kv_cache_memory_bytes":
         return _Budget(config.kv_cache_memory_bytes or CPU_DEFAULT_BYTES, param)
     utilization = utilization_of(config)
-    memory = _measure(config, model)
+    choices = choices_bytes(config, model, groups, model.num_ranks)
+    memory = replace(_measure(config, model), choices_bytes=choices)
     num_bytes = memory.cache_bytes(utilization)
     if model.share is not None:
         num_bytes = least(num_bytes, model.device)
@@ -219,6 +225,36 @@ def sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
     """Most bytes that sampling, and scoring prompts, take beside a step's own logits."""
     num_copied_rows = SAMPLING_COPIES * max_num_seqs + SCORING_COPIES * SCORED_TOKENS
     return num_copied_rows * vocab_size * 4
+
+
+def choices_bytes(
+    config: EngineConfig, model: ProbedModel, groups: tuple[HeadGroup, ...], num_ranks: int = 1
+) -> int:
+    """Bytes in which a rank remembers the pages that its heads have chosen, and for what queries.
+
+    Args:
+        config: How pages are chosen, and for how many sequences.
+        model: The model.
+        groups: Its head groups.
+        num_ranks: Ranks that share out the heads.
+    """
+    rule = SelectionRule.of(config)
+    if rule is None:
+        return 0
+    geometry = model.geometry
+    shape = cache_shape(config, geometry, groups)
+    settings = rule.settings(longest_wanted(config, model))
+    query_bytes = 0
+    if settings.min_similarity is not None:
+        group_size = geometry.num_q_heads // geometry.num_kv_heads
+        query_bytes = group_size * geometry.head_dim * geometry.kv_dtype.itemsize
+    return sum(
+        settings.num_places
+        * -(-len(group.members) // num_ranks)
+        * (most_chosen(settings, shape.page(group)) * torch.int32.itemsize + query_bytes)
+        for group in groups
+        if shape.page(group).summarised
+    )
 
 
 def run_largest_step(

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import UNBOUNDED, SelectionBatch
+from headlong.kernels.batch import UNBOUNDED, SelectionBatch, SelectionSettings
 from headlong.server.engine.engine_config import EngineConfig
 
 SCORED_SEQUENCES = 2

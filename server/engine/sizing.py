@@ -21,11 +21,12 @@ from headlong.profiling.head_profile import (
 )
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.gpus import LEAST_CAPABILITY, Gpu
-from headlong.server.engine.head_plan import plan_heads
+from headlong.server.engine.head_plan import check_compensation, plan_heads
 from headlong.server.engine.live_bytes import peak_bytes
 from headlong.server.engine.memory import (
     DeviceMemory,
     cache_shape,
+    choices_bytes,
     longest_wanted,
     run_largest_step,
     sampling_bytes,
@@ -108,6 +109,8 @@ class SizingRequest:
     def __post_init__(self) -> None:
         if (self.gpu is None) == (self.config.kv_cache_memory_bytes is None):
             raise ConfigError("either gpu or kv_cache_memory_bytes must be given", "gpu")
+        if self.even is not None:
+            check_compensation(self.config, self.even.window_size)
         if not self.lengths or not all(0 < each <= MAX_LENGTH for each in self.lengths):
             raise ConfigError(f"lengths must each be in 1 to {MAX_LENGTH} tokens", "lengths")
 
@@ -201,6 +204,8 @@ def size_model(request: SizingRequest) -> Sizing:
     model = meta_model(config, request.processor)
     weights = weights_bytes(model.module)
     activation = _activations(model, config)
+    geometry = model.geometry
+    groups = plan_heads(config, model) if request.even is None else request.even.groups(geometry)
 
     def memory_of(max_num_seqs: int) -> DeviceMemory | None:
         if request.gpu is None:
@@ -212,6 +217,7 @@ def size_model(request: SizingRequest) -> Sizing:
             used_bytes=weights + CUDA_CONTEXT_BYTES,
             activation_bytes=activation(num_seqs),
             sampling_bytes=sampling_bytes(num_seqs, model.vocab_size),
+            choices_bytes=choices_bytes(replace(config, max_num_seqs=num_seqs), model, groups),
         )
 
     utilization = utilization_of(config)
@@ -222,8 +228,6 @@ def size_model(request: SizingRequest) -> Sizing:
             config.kv_cache_memory_bytes or 0 if memory is None else memory.cache_bytes(utilization)
         )
 
-    geometry = model.geometry
-    groups = plan_heads(config, model) if request.even is None else request.even.groups(geometry)
     shape = cache_shape(config, geometry, groups)
     memory = memory_of(config.max_num_seqs)
     try:

@@ -52,7 +52,8 @@ def serve(sock: socket.socket) -> int:
     assert isinstance(start, Start)
     logging.config.dictConfig(start.log_config)
     commands: CommandQueue = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(messages, commands), daemon=True).start()
+    ended = threading.Event()
+    threading.Thread(target=_read, args=(messages, commands, ended), daemon=True).start()
 
     sending = threading.Lock()
 
@@ -91,12 +92,18 @@ def serve(sock: socket.socket) -> int:
     send(Ready(engine.info()))
     loop = EngineLoop(engine, commands, send, start.faults)
     stopped = loop.run()
+    ended.set()
     engine.close()
     return 0 if stopped else EXIT_FAILURE
 
 
-def _read(messages: Iterator[Start | Command], commands: CommandQueue) -> None:
-    """Pass commands on; when the server is gone, so is the process, whatever its engine does."""
+def _read(
+    messages: Iterator[Start | Command], commands: CommandQueue, ended: threading.Event
+) -> None:
+    """Pass commands on; when the server is gone, so is the process, whatever its engine does.
+
+    Once the engine has ended, the process ends by itself, and the socket before it.
+    """
     try:
         for message in messages:
             assert not isinstance(message, Start)
@@ -104,8 +111,10 @@ def _read(messages: Iterator[Start | Command], commands: CommandQueue) -> None:
     except ConnectionError:
         pass  # the server was killed before it had read everything
     except Exception:
-        logger.exception("the server's commands cannot be read")
-    _leave()
+        if not ended.is_set():
+            logger.exception("the server's commands cannot be read")
+    if not ended.is_set():
+        _leave()
 
 
 def _leave() -> NoReturn:

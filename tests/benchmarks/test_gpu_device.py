@@ -1,6 +1,7 @@
 """The clock of a CUDA device, with CUDA itself played by a small stand-in."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +84,28 @@ def test_work_that_cannot_be_captured_is_launched_again(clock: Clock) -> None:
     before = clock.now_ms
     recorded.replay()
     assert clock.now_ms == before + 2.0
+
+
+def test_work_that_runs_beside_other_work_has_a_stream_of_its_own(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def stream() -> SimpleNamespace:
+        number = len(done)
+        done.append("made")
+        return SimpleNamespace(
+            number=number, synchronize=lambda: done.append(f"{number} is waited for")
+        )
+
+    @contextmanager
+    def current(stream: SimpleNamespace) -> Iterator[None]:
+        done.append(f"on {stream.number}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    CudaDevice().run_beside([lambda: done.append("out"), lambda: done.append("back")])
+    assert done == [
+        "made", "made", "on 0", "out", "on 1", "back", "0 is waited for", "1 is waited for",
+    ]  # fmt: skip

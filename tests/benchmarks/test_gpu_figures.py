@@ -38,6 +38,10 @@ PARTS = {
         "b": {
             "status": "failed", "dtype": "float32", "error": 1e-3, "tolerance": 2e-6, "why": "far",
         },
+        "c": {
+            "status": "ok", "dtype": "float32", "formats": ["int4"], "error": 3e-6,
+            "tolerance": 4e-6,
+        },
     },
     "ceilings": {
         "copy": {"status": "ok", "kind": "copy", "bytes_per_s": 4e12},
@@ -101,6 +105,9 @@ def test_tables_hold_the_figures_and_say_what_is_missing(results: Results) -> No
     text = "\n".join(gpu_report.lines(results))
     (row,) = [line.split() for line in text.splitlines() if "100%" in line and "8 x 128k" in line]
     assert row[-4:] == ["90%", "cudnn", "900.0", "0.90"]
+    rows = [line.split() for line in text.splitlines()]
+    assert ["float32", "1", "of", "2", "1.00e-03", "2e-06"] in rows
+    assert ["float32,", "quantised", "pages", "1", "of", "1", "3.00e-06", "4e-06"] in rows
     assert "kernels: broken: error: no kernel" in text
     assert "decode: late: skipped: needs about 6 s, 0 s were left" in text
     assert "kernels-check: b: failed: far" in text

@@ -14,8 +14,7 @@ from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
 from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels import reference
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import UNBOUNDED, AttentionBatch, SelectionBatch
+from headlong.kernels.batch import UNBOUNDED, AttentionBatch, SelectionBatch, SelectionSettings
 from headlong.kernels.codes import dequantise, quantise
 from headlong.kernels.layout import (
     QUANTISATIONS,

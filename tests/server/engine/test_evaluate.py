@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from headlong.profiling.evaluation_variants import full_variant, swept
@@ -5,7 +7,7 @@ from headlong.profiling.head_profile import HeadProfile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.evaluate import EngineAnswers, EngineCaches
+from headlong.server.engine.evaluate import EngineAnswers, EngineCaches, without_compression
 from headlong.server.engine.model import load_model
 from headlong.server.errors import ContextLengthError
 from support.engines import greedy, random_profile, random_prompts, run
@@ -45,6 +47,22 @@ def test_answers_are_the_engines_and_bytes_those_of_its_blocks(llama, profile):
         EngineAnswers(engine)([prompts[0], [3] * 5000], 4)
     assert not engine.has_work
     assert engine.cache.owned_bytes == 0
+
+
+def test_a_labelling_is_measured_by_itself(profile):
+    plain = EngineConfig(model="m", device="cpu", block_size=8, max_num_seqs=3)
+    compressed = replace(
+        plain,
+        profile=str(profile),
+        sparsity=0.5,
+        window_size=9,
+        kv_cache_dtype="retrieval=int4",
+        compensation="on",
+        retrieval_budget=64,
+        selection_reuse_steps=2,
+        selection_min_similarity=0.5,
+    )
+    assert without_compression(compressed) == plain
 
 
 def test_each_labelling_has_its_own_cache(llama, profile):

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from headlong.kernels.torch_attention import TorchAttention
 from headlong.server.engine import memory
 from headlong.server.engine.engine import Engine
-from headlong.server.engine.memory import DeviceMemory, plan_arena, run_without_cache
+from headlong.server.engine.memory import (
+    DeviceMemory,
+    choices_bytes,
+    plan_arena,
+    run_without_cache,
+)
 from headlong.server.engine.model import LoadedModel
 from headlong.server.errors import ConfigError
 from support.engines import build_engine
@@ -30,7 +36,7 @@ def test_what_is_left(utilization: float, left: float) -> None:
 
 def test_more_in_use_leaves_less() -> None:
     base = card(80, 16, 4, 1)
-    for name in ("used_bytes", "activation_bytes", "sampling_bytes"):
+    for name in ("used_bytes", "activation_bytes", "sampling_bytes", "choices_bytes"):
         more = replace(base, **{name: getattr(base, name) + 12345})
         assert more.cache_bytes(0.9) == base.cache_bytes(0.9) - 12345
 
@@ -40,6 +46,8 @@ def test_the_figures_are_told() -> None:
     for figure in ("0.5 of 80.00 GiB is 40.00 GiB", "16.00 GiB", "4.00 GiB", "1.00 GiB"):
         assert figure in told
     assert "leaves 19.00 GiB" in told
+    told = replace(card(80, 16, 4, 1), choices_bytes=2 * GIB).explain(0.5)
+    assert "sampling 1.00 GiB, chosen pages 2.00 GiB, which leaves 17.00 GiB" in told
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,38 @@ def test_the_arena_takes_what_is_left(on_cuda: Callable[..., int]) -> None:
         taken = on_cuda(measured, gpu_memory_utilization=utilization)
         assert left - 20_000 < taken <= left
     assert on_cuda(measured) == on_cuda(measured, gpu_memory_utilization=0.9)
+
+
+@pytest.mark.parametrize("similarity", [None, 0.9])
+def test_the_pages_that_heads_choose_are_counted(
+    tiny_model: Callable[[str], Path], similarity: float | None
+) -> None:
+    engine = build_engine(
+        tiny_model("gemma3"),
+        block_size=8,
+        retrieval_budget=100,
+        selection_min_similarity=similarity,
+        max_num_seqs=5,
+    )
+    attention = engine._runner.attention
+    assert isinstance(attention, TorchAttention)
+    selection = attention.page_selection
+    assert selection is not None
+    held = (*selection._chosen.values(), *selection._queries.values())
+    assert held
+    assert choices_bytes(engine.config, engine.model, engine.groups) == sum(
+        tensor.nbytes for tensor in held
+    )
+
+
+def test_chosen_pages_leave_less_for_the_arena(on_cuda: Callable[..., int]) -> None:
+    measured = card(0.01, 0.005, 0.0, 0.0)
+    few, many = (
+        on_cuda(measured, retrieval_budget=1024, max_num_seqs=count) for count in (2, 200)
+    )
+    # Of 198 more sequences, 61 pages of each head in 4 bytes.
+    heads = 198 * 61 * 4 * 8
+    assert few - many == pytest.approx(heads, abs=20_000)
 
 
 def test_bytes_that_are_given_are_not_measured(on_cuda: Callable[..., int]) -> None:

@@ -14,8 +14,7 @@ import headlong.server.engine.sequence as sequence_module
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL
 from headlong.cache.sequence_cache import SequenceCache
-from headlong.kernels.backend import SelectionSettings
-from headlong.kernels.batch import UNBOUNDED, AttentionBatch
+from headlong.kernels.batch import UNBOUNDED, AttentionBatch, SelectionSettings
 from headlong.server.engine.describe import describe
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
