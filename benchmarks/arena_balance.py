@@ -31,7 +31,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from headlong.cache.block_copy import BlockCopy
-from headlong.cache.capacity import CacheShape, plan_memory
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import plan_memory
 from headlong.cache.groups import build_head_groups
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy

@@ -144,8 +144,8 @@ DRY = Settings(
     + tuple(
         Case(
             FP32, 16, 8, 2, formats=formats, compensated=compensated, budget=budget,
-            min_similarity=0.9, sink_size=3, window_size=18, decodes=decodes,
-            prefills=(Chunk(20, 5),),
+            min_similarity=None if budget is None else 0.9, sink_size=3, window_size=18,
+            decodes=decodes, prefills=(Chunk(20, 5),),
         )
         for formats, compensated, budget, decodes in (
             (INT8, False, None, (1, 33)), (FP8, False, None, (1, 33)),

@@ -22,6 +22,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from headlong.kernels.layout import ArenaLayout
@@ -36,7 +37,9 @@ STALE_S = 3600.0
 _HEADER = struct.Struct(f"<8sII16s{KEY_BYTES}sQ")
 HEADER_BYTES = _HEADER.size + CHECKSUM_BYTES
 _NAME = re.compile(rf"([0-9a-f]{{{2 * KEY_BYTES}}})-([0-9]{{1,3}})\.kv")
-_TEMPORARY = ".tmp"
+_TEMPORARY = re.compile(rf"{_NAME.pattern}\.[0-9a-f]{{16}}\.tmp")
+# Of a pipe that somebody put in place of a file the other end would be waited for.
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ def write_block(folder: Path, shape: BlockShape, key: bytes, payload: memoryview
     path = file_path(folder, shape.group, key)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     # Two servers may write the same block at the same time, each as process 1 of its container.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     header = shape.header(key)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -137,7 +140,7 @@ def read_block(folder: Path, shape: BlockShape, key: bytes, into: memoryview) ->
     """
     path = file_path(folder, shape.group, key)
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(os.open(path, _READING), "rb", buffering=0) as file:
             header = file.read(HEADER_BYTES)
             if len(header) < HEADER_BYTES:
                 return "it is too short"
@@ -186,8 +189,10 @@ def scan_blocks(folder: Path, now: float) -> Iterator[StoredBlock]:
             continue
         for path in shard.iterdir():
             try:
-                status = path.stat()
-                if path.name.endswith(_TEMPORARY):
+                status = path.lstat()
+                if not S_ISREG(status.st_mode):
+                    continue
+                if _TEMPORARY.fullmatch(path.name):
                     if now - status.st_mtime > STALE_S:
                         path.unlink()
                     continue

@@ -262,9 +262,13 @@ class BlockTiers:
         elif self.disk is not None:
             self.disk.wait(timeout_s)
 
+    def drop_writes(self) -> None:
+        """Write nothing but what is queued, until more reaches the host."""
+        self._unwritten.clear()
+
     def forget(self) -> None:
         """Forget every block, those on disk too; nothing may be on its way."""
-        self._unwritten.clear()
+        self.drop_writes()
         self.host.clear()
         if self.disk is not None:
             self.disk.forget()

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -151,23 +152,31 @@ class DiskTier:
 
     def collect(self) -> tuple[list[Written], list[Read]]:
         """Hand out what was written and read since the last call."""
-        written = [self._writing[name].result() for name in self._done_writes()]
+        done = takewhile(Future.done, self._writing.values())
+        written = [future.result() for future in done]
         for each in written:
             self._note_written(each)
-        pending, reads = deque[Future[Read]](), list[Read]()
-        for future in self._reads:
+        reads: list[Read] = []
+        pending: list[Future[Read]] = []
+        # They begin in order: behind as many that are not done as there are threads, none is.
+        while self._reads and len(pending) < READERS:
+            future = self._reads.popleft()
             if future.done():
                 reads.append(future.result())
             else:
                 pending.append(future)
-        self._reads = pending
+        self._reads.extendleft(reversed(pending))
         for read in reads:
             self._note_read(read)
         return written, reads
 
     def wait(self, timeout_s: float) -> None:
         """Return when something was written or read, or nothing is queued, or the time is over."""
-        pending: list[Future[Any]] = [*self._writing.values(), *self._reads]
+        # What began first is done first, or some of what began with it.
+        pending: list[Future[Any]] = [
+            *islice(self._writing.values(), 1),
+            *islice(self._reads, READERS),
+        ]
         if pending:
             wait(pending, timeout_s, FIRST_COMPLETED)
 
@@ -180,9 +189,6 @@ class DiskTier:
         """Finish what is to be written, which is bounded, and drop what is to be read."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
-
-    def _done_writes(self) -> list[Name]:
-        return [name for name, future in self._writing.items() if future.done()]
 
     def _write(self, name: Name, payload: memoryview) -> Written:
         start = time.perf_counter()
@@ -225,7 +231,7 @@ class DiskTier:
             return
         self.num_unreadable += 1
         self.held_bytes -= self._sizes.pop(read.name, 0)
-        self._warn(f"a block is computed again, its file was removed: {read.problem}")
+        self._warn(f"a block is computed again, its file is gone: {read.problem}")
 
     def _warn(self, text: str) -> None:
         """Log something once: a disk that is full says so for every block."""

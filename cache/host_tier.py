@@ -83,6 +83,8 @@ class HostTier:
         self.on_forget = on_forget
         self._slab_bytes = slab_bytes
         self._slabs: list[list[Slot]] = [[] for _ in range(num_bytes // slab_bytes)]
+        # Slots of each slab that are pinned.
+        self._num_pinned = [0] * len(self._slabs)
         self._free_slabs = list(reversed(range(len(self._slabs))))
         self._free: list[OrderedDict[Slot, None]] = [OrderedDict() for _ in block_bytes]
         self._kept: list[OrderedDict[Slot, None]] = [OrderedDict() for _ in block_bytes]
@@ -114,6 +116,7 @@ class HostTier:
         if not self._free[group] and not self._make_room(group):
             return None
         slot, _ = self._free[group].popitem(last=False)
+        self._num_pinned[slot.slab] += 1
         slot.pins = 1
         return slot
 
@@ -147,6 +150,7 @@ class HostTier:
             if slot.key is None:
                 raise ValueError("a free slot cannot be pinned")
             self._take_out(slot)
+            self._num_pinned[slot.slab] += 1
         slot.pins += 1
 
     def unpin(self, slot: Slot) -> None:
@@ -160,6 +164,7 @@ class HostTier:
         slot.pins -= 1
         if slot.pins:
             return
+        self._num_pinned[slot.slab] -= 1
         if slot.key is None:
             self._free[slot.group][slot] = None
         else:
@@ -245,10 +250,9 @@ class HostTier:
 
     def _take_slab(self, slab: int, group: int) -> bool:
         """Give another group's slab to a group; False if something in it is pinned."""
-        slots = self._slabs[slab]
-        if any(slot.pins for slot in slots):
+        if self._num_pinned[slab]:
             return False
-        for slot in slots:
+        for slot in self._slabs[slab]:
             if slot.key is not None:
                 self._forget(slot)
             del self._free[slot.group][slot]
@@ -294,4 +298,5 @@ class HostTier:
             self.block_bytes[slot.group] for queue in self._passed for slot in queue
         )
         assert sum(slot.pins for slot in everything) == pins, "pins leaked"
+        assert self._num_pinned == [sum(slot.pins > 0 for slot in slots) for slots in self._slabs]
         assert len(self._free_slabs) == sum(not slots for slots in self._slabs)

@@ -10,7 +10,6 @@ fork                    a second sequence with the same tokens; full blocks are 
 free                    everything is given back; what can be found stays until it is evicted
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
@@ -37,8 +36,9 @@ class KVCache:
         layout: The arena's map for these groups.
         prefix_caching: Whether blocks can be found by other sequences.
         namespace: What determines K and V beside tokens and policies.
-        copy_blocks: Makes copies, in their order, before it returns. Where groups share the arena,
-            blocks may have to make way for those of another group.
+        copy_blocks: Makes copies, in their order, before what is asked of the arena next. A fork
+            needs them, and where groups share the arena, blocks may have to make way for those of
+            another group.
         wide_tokens: As that of `Room`.
 
     Raises:
@@ -68,8 +68,6 @@ class KVCache:
         self.pools = self._pools.groups
         self._copy_blocks = copy_blocks
         self._room = Room(self.groups, self._block_sizes, self._pools, wide_tokens)
-        # What the caller of `fork` is to copy; None while copies are made at once.
-        self._deferred: list[BlockCopy] | None = None
         self._own_policies = tuple(group.policy for group in self.groups)
         self._prefix_caching = prefix_caching
         self._namespace = namespace
@@ -142,7 +140,9 @@ class KVCache:
         """
         policies = self._own_policies if policies is None else policies
         if match is not None:
-            self._require_present(match, policies)
+            for group, index, block in match.places(policies, self.block_size):
+                if not self._holds(group, block, match.keys[index]):
+                    raise ValueError(f"block {block} of the match is gone")
         shared = None if match is None else self._share(match, policies)
         sequence = SequenceCache(
             tuple(BlockTable(*each) for each in zip(policies, self._block_sizes, strict=True)),
@@ -156,15 +156,6 @@ class KVCache:
             sequence.keys = match.keys
         self._live.add(sequence)
         return sequence
-
-    def _require_present(self, match: PrefixMatch, policies: tuple[HeadPolicy, ...]) -> None:
-        for group, (policy, blocks) in enumerate(zip(policies, match.blocks, strict=True)):
-            reachable = policy.reachable_blocks(len(match.keys), self.block_size)
-            if len(reachable) != len(blocks):
-                raise ValueError("the match was found for other policies")
-            for index, block in zip(reachable, blocks, strict=True):
-                if not self._holds(group, block, match.keys[index]):
-                    raise ValueError(f"block {block} of the match is gone")
 
     def _holds(self, group: int, block: int, key: bytes) -> bool:
         """Whether a block of a match is still there."""
@@ -227,14 +218,7 @@ class KVCache:
 
     def max_extension(self, sequence: SequenceCache, num_tokens: int) -> int:
         """How many of `num_tokens` more tokens fit into what the sequence has and what is free."""
-
-        def lacks(count: int) -> bool:
-            return not self._pools.have(sequence.missing_blocks(count))
-
-        # The first number that does not fit, less one.
-        return (
-            bisect_left(range(1, num_tokens), True, key=lacks) if lacks(num_tokens) else num_tokens
-        )
+        return self._room.max_extension(sequence, num_tokens)
 
     def extend(self, sequence: SequenceCache, num_tokens: int) -> None:
         """Give the sequence blocks for `num_tokens` more tokens in every group.
@@ -257,14 +241,11 @@ class KVCache:
         for table, pool in zip(sequence.tables, self.pools, strict=True):
             pool.release(table.take_expired(sequence.num_tokens), passed=True)
 
-    def fork(self, parent: SequenceCache) -> tuple[SequenceCache, list[BlockCopy]]:
+    def fork(self, parent: SequenceCache) -> SequenceCache:
         """A second sequence with the parent's tokens.
 
-        Full blocks are shared. A block that is only partly filled is the child's own, because both
-        will write into it.
-
-        Returns:
-            The child, and the copies that must be made before either goes on.
+        Full blocks are shared. A block that is only partly filled is copied, because both will
+        write into it.
 
         Raises:
             OutOfBlocksError: No free block for a copy; nothing was taken.
@@ -277,21 +258,25 @@ class KVCache:
         if not self._pools.have(partial):
             raise OutOfBlocksError("no free block for the copy of a partly filled one")
         child = self.begin(parent.policies)
-        self._deferred = copies = list[BlockCopy]()
         for group, (source, target) in enumerate(zip(parent.tables, child.tables, strict=True)):
             target.window_start = source.window_start
             shared = source.blocks[:-1] if partial[group] else source.blocks[:]
             self.pools[group].share(shared)
             target.add(shared.tolist())
             if partial[group]:
-                (own,) = self.pools[group].allocate(1)
-                target.add([own])
-                copies.append(BlockCopy(group, source.blocks[-1], own))
-        self._deferred = None
+                target.add(self.pools[group].allocate(1))
+        # What was taken for one group may have moved the blocks of another: only now they stay.
+        self._copy(
+            [
+                BlockCopy(group, parent.tables[group].blocks[-1], child.tables[group].blocks[-1])
+                for group, is_copied in enumerate(partial)
+                if is_copied
+            ]
+        )
         child.num_tokens = parent.num_tokens
         child.num_published = parent.num_published
         child.keys = parent.keys
-        return child, copies
+        return child
 
     def free(self, sequence: SequenceCache) -> None:
         """Give back everything the sequence holds; it is not to be used again.
@@ -328,10 +313,11 @@ class KVCache:
         """As `BlockMover.move_blocks`."""
         for sequence in self._live:
             sequence.tables[group].relocate(places)
-        copies = [BlockCopy(group, *each) for each in places.items()]
-        if self._deferred is not None:
-            self._deferred += copies
-        elif self._copy_blocks is not None:
+        self._copy([BlockCopy(group, *each) for each in places.items()])
+
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        if copies:
+            assert self._copy_blocks is not None, "a cache that copies was made without copy_blocks"
             self._copy_blocks(copies)
 
     def _require_live(self, sequence: SequenceCache) -> None:

@@ -5,7 +5,7 @@ group with a window has its sink blocks and the window's blocks at that point: l
 query without keys that it may see.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +54,25 @@ class PrefixMatch:
     blocks: tuple[tuple[int, ...], ...]
     misses: Mapping[str, int] = field(default_factory=dict)
     keys: tuple[bytes, ...] = ()
+
+    def places(
+        self, policies: Sequence[HeadPolicy], block_size: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Group, logical index and block of everything in `blocks`, in that order.
+
+        Args:
+            policies: Those that it was found for.
+            block_size: Tokens of a block.
+
+        Raises:
+            ValueError: It was found for other policies.
+        """
+        for group, (policy, blocks) in enumerate(zip(policies, self.blocks, strict=True)):
+            reachable = policy.reachable_blocks(len(self.keys), block_size)
+            if len(reachable) != len(blocks):
+                raise ValueError("the match was found for other policies")
+            for index, block in zip(reachable, blocks, strict=True):
+                yield group, index, block
 
 
 def match_prefix(

@@ -1,5 +1,6 @@
 """Whether sequences fit the cache, however far they go."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from headlong.cache.groups import STREAMING, HeadGroup
@@ -63,6 +64,17 @@ class Room:
                     zip(self._pools.groups, self._block_sizes, strict=True)
                 )
             ]
+        )
+
+    def max_extension(self, sequence: SequenceCache, num_tokens: int) -> int:
+        """How many of `num_tokens` more tokens fit into what a sequence has and what is free."""
+
+        def lacks(count: int) -> bool:
+            return not self._pools.have(sequence.missing_blocks(count))
+
+        # The first number that does not fit, less one.
+        return (
+            bisect_left(range(1, num_tokens), True, key=lacks) if lacks(num_tokens) else num_tokens
         )
 
     def _kept_aside(self, group: int, block_size: int, reservations: Sequence[Reservation]) -> int:

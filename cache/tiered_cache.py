@@ -6,7 +6,7 @@ Until then each of these blocks has one more owner, so that nobody writes where 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from headlong.cache.block_copy import BlockCopy
@@ -68,6 +68,8 @@ class TieredCache(KVCache):
         self._waiting: dict[SequenceCache, set[tuple[int, int]]] = {}
         # What an idle engine may still copy; None if the pools have changed since it was listed.
         self._ahead: deque[tuple[int, int, bytes, bool]] | None = None
+        # Whether anything has arrived that the caller of `settle` does not know of.
+        self._unnoted = False
 
     def attach(self, tiers: BlockTiers | None) -> None:
         """From now on keep what the arena has no room for, or no longer."""
@@ -109,7 +111,7 @@ class TieredCache(KVCache):
             match = self._match(keys, num_tokens, self._lookups(StoredBlocks, tiers))
             elsewhere = [
                 (group, match.keys[index])
-                for group, index, block in self._places_of(match, keys.policies)
+                for group, index, block in match.places(keys.policies, self.block_size)
                 if block == ELSEWHERE
             ]
             names = tuple(name for name in elsewhere if not tiers.host.has(*name))
@@ -131,15 +133,6 @@ class TieredCache(KVCache):
             if slot is not None:
                 self.tiers.host.touch(slot)
         return self.tiers.fetch(plan.names)
-
-    def _places_of(
-        self, match: PrefixMatch, policies: tuple[HeadPolicy, ...]
-    ) -> Iterator[tuple[int, int, int]]:
-        """Group, logical index and block of every block of a match."""
-        for group, (policy, blocks) in enumerate(zip(policies, match.blocks, strict=True)):
-            reachable = policy.reachable_blocks(len(match.keys), self.block_size)
-            for index, block in zip(reachable, blocks, strict=True):
-                yield group, index, block
 
     def _lookups(self, kind: type[HeldBlocks], tiers: BlockTiers) -> list[HeldBlocks]:
         return [kind(group, pool, tiers) for group, pool in enumerate(self.pools)]
@@ -183,9 +176,12 @@ class TieredCache(KVCache):
         Returns:
             Whether anything did that somebody may wait for.
         """
-        return self.tiers is not None and self._settle(self.tiers)
+        if self.tiers is not None:
+            self._settle(self.tiers)
+        unnoted, self._unnoted = self._unnoted, False
+        return unnoted
 
-    def _settle(self, tiers: BlockTiers) -> bool:
+    def _settle(self, tiers: BlockTiers) -> None:
         num_reading = tiers.num_reading
         arrived = tiers.settle()
         for group, block in arrived:
@@ -194,7 +190,8 @@ class TieredCache(KVCache):
             done = set(arrived)
             left = {sequence: missing - done for sequence, missing in self._waiting.items()}
             self._waiting = {sequence: missing for sequence, missing in left.items() if missing}
-        return bool(arrived) or tiers.num_reading != num_reading
+        if arrived or tiers.num_reading != num_reading:
+            self._unnoted = True
 
     def wait(self) -> None:
         """Wait a little for what is on its way."""
@@ -235,7 +232,7 @@ class TieredCache(KVCache):
         if tiers is None or not self.load_bytes(match):
             return super()._share(match, policies)
         missing: list[list[bytes]] = [[] for _ in self.pools]
-        for group, index, block in self._places_of(match, policies):
+        for group, index, block in match.places(policies, self.block_size):
             if block == ELSEWHERE:
                 missing[group].append(match.keys[index])
         # What is evicted below must push nothing out of the host that is to be loaded.
@@ -295,9 +292,7 @@ class TieredCache(KVCache):
         return True
 
     def move_blocks(self, group: int, places: Mapping[int, int]) -> None:
-        """As `KVCache.move_blocks`, once what the new places held is kept."""
-        if self.tiers is not None:
-            self.tiers.fence()
+        """As `KVCache.move_blocks`."""
         for blocks in self._untabled:
             if group < len(blocks):
                 blocks[group] = [places.get(block, block) for block in blocks[group]]
@@ -308,11 +303,18 @@ class TieredCache(KVCache):
         super().extend(sequence, num_tokens)
         self._note_change()
 
-    def fork(self, parent: SequenceCache) -> tuple[SequenceCache, list[BlockCopy]]:
-        """As `KVCache.fork`."""
-        forked = super().fork(parent)
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        """As `KVCache._copy`, once what the new places held is kept."""
+        if self.tiers is not None:
+            self.tiers.fence()
+        super()._copy(copies)
+
+    def fork(self, parent: SequenceCache) -> SequenceCache:
+        """As `KVCache.fork`, of a sequence that is ready."""
+        assert self.is_ready(parent), "what has not arrived cannot be copied"
+        child = super().fork(parent)
         self._note_change()
-        return forked
+        return child
 
     def free(self, sequence: SequenceCache) -> None:
         """As `KVCache.free`; what is still being loaded arrives, and can be found."""
@@ -334,6 +336,7 @@ class TieredCache(KVCache):
             return
         self.attach(None)
         super().forget_prefixes()
+        tiers.drop_writes()
         while tiers.busy:
             tiers.wait(WAIT_S)
             self._settle(tiers)

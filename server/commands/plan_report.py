@@ -111,7 +111,9 @@ def memory_parts(sizing: Sizing) -> list[tuple[str, int]]:
     if memory is None:
         return [*parts, ("KV cache", sizing.cache_bytes)]
     context = memory.used_bytes - sizing.weights_bytes
-    parts.append((f"sampling for {counted(config.max_num_seqs, 'sequence')}", memory.sampling_bytes))
+    parts.append(
+        (f"sampling for {counted(config.max_num_seqs, 'sequence')}", memory.sampling_bytes)
+    )
     if memory.choices_bytes:
         parts.append(("chosen pages", memory.choices_bytes))
     parts += [

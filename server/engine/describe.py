@@ -3,7 +3,8 @@
 import os
 from typing import Protocol
 
-from headlong.cache.capacity import CacheShape, MemoryPlan
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import MemoryPlan
 from headlong.cache.groups import STREAMING, HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.profiling.head_map import head_map_lines, head_summary

@@ -279,8 +279,7 @@ class Engine:
         rows: list[int] = []
         sequences: list[Sequence] = []
         for row, sequence in enumerate(complete):
-            copies, forked = self.scheduler.fork(sequence)
-            self._runner.copy_blocks(copies)
+            forked = self.scheduler.fork(sequence)
             sequences += (sequence, *forked)
             rows += [row] * (1 + len(forked))
         if not sequences:

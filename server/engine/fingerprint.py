@@ -1,15 +1,31 @@
-"""All of a model's weights as one number, to know blocks that the same weights made."""
+"""All that a model is as one number, to know blocks that the same model made."""
 
 import hashlib
+import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 THREADS = 8
 PART_BYTES = 64 << 20
 """A weight is hashed in parts of so many bytes, so that a large one keeps no others waiting."""
+
+
+def model_fingerprint(module: PreTrainedModel) -> str:
+    """Weights, configuration, and the code of every layer: two of them may share all weights."""
+    digest = hashlib.blake2b(weights_fingerprint(module).encode())
+    config = json.dumps(module.config.to_dict(), sort_keys=True, default=str)
+    digest.update(config.encode())
+    for name in sorted({type(layer).__module__ for layer in module.modules()}):
+        file = sys.modules[name].__file__
+        assert file is not None, "layers are not written in an interpreter's prompt"
+        digest.update(hashlib.blake2b(Path(file).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def weights_fingerprint(module: nn.Module) -> str:

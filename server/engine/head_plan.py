@@ -8,7 +8,7 @@ from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.profiling.formats import load_head_profile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine_config import EngineConfig
-from headlong.server.engine.fingerprint import weights_fingerprint
+from headlong.server.engine.fingerprint import model_fingerprint
 from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
 from headlong.server.errors import ConfigError
 
@@ -81,12 +81,13 @@ def prefix_namespace(
 ) -> bytes:
     """What determines K and V beside a sequence's tokens and policies: the prefix cache's root.
 
-    Blocks that outlive the process are told apart by the weights themselves, and by whose code
-    made them.
+    Blocks that outlive the process are told apart by the model itself, whatever its name is, and by
+    whose code made them.
     """
     lasting: tuple[str, ...] = ()
     if config.disk_cache_dir is not None:
-        lasting = (weights_fingerprint(model.module), version("headlong"), version("transformers"))
+        versions = map(version, ("headlong", "transformers", "torch"))
+        lasting = (model_fingerprint(model.module), *versions)
     identity = (
         lasting,
         config.model,

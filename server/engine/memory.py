@@ -6,7 +6,8 @@ from types import MappingProxyType
 
 import torch
 
-from headlong.cache.capacity import CacheShape, CapacityError, MemoryPlan, plan_memory
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import CapacityError, MemoryPlan, plan_memory
 from headlong.cache.groups import HeadGroup
 from headlong.kernels.layout import QUANTISATIONS, ArenaLayout, Quantisation
 from headlong.kernels.torch_selection import most_chosen
@@ -66,8 +67,8 @@ class DeviceMemory:
         return (
             f"gpu_memory_utilization {utilization:g} of {_gib(self.total_bytes)} is "
             f"{_gib(int(self.total_bytes * utilization))}; {_gib(self.used_bytes)} are in use, a "
-            f"step takes {_gib(self.activation_bytes)} and sampling {_gib(self.sampling_bytes)}{choices}, "
-            f"which leaves {_gib(self.cache_bytes(utilization))} of KV cache"
+            f"step takes {_gib(self.activation_bytes)} and sampling {_gib(self.sampling_bytes)}"
+            f"{choices}, which leaves {_gib(self.cache_bytes(utilization))} of KV cache"
         )
 
 
@@ -142,20 +143,27 @@ def cache_shape(
         max_num_batched_tokens=config.max_num_batched_tokens,
         wide_tokens=config.kv_policy_tokens,
         in_slabs=config.arena_balance == "slabs" and config.tensor_parallel_size == 1,
-        formats=page_formats(config, geometry.kv_dtype),
+        formats=page_formats(config, geometry),
         summarised=config.retrieval_budget is not None,
         compensated=config.compensation == "on",
     )
 
 
-def page_formats(config: EngineConfig, kv_dtype: torch.dtype) -> Mapping[str, Quantisation]:
+def page_formats(config: EngineConfig, geometry: ModelGeometry) -> Mapping[str, Quantisation]:
     """How each kind of head stores K and V, where not as the layers make them.
 
     Raises:
-        ConfigError: A dtype is asked for that the layers do not make.
+        ConfigError: A dtype is asked for that the layers do not make, or a format that does not fit
+            the heads.
     """
     chosen = read_kv_cache_dtype(config.kv_cache_dtype)
-    own = dtype_name(kv_dtype)
+    if "int4" in chosen.values() and geometry.head_dim % 2:
+        raise ConfigError(
+            "kv_cache_dtype int4 stores two elements in a byte, but the model's heads have "
+            f"{geometry.head_dim}",
+            "kv_cache_dtype",
+        )
+    own = dtype_name(geometry.kv_dtype)
     for kind, name in chosen.items():
         if name not in ("auto", own) and name not in QUANTISATIONS:
             raise ConfigError(

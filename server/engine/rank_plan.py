@@ -7,7 +7,8 @@ the members that it computes.
 
 from dataclasses import dataclass, replace
 
-from headlong.cache.capacity import CacheShape, MemoryPlan, lay_out, plan_blocks
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import MemoryPlan, lay_out, plan_blocks
 from headlong.cache.groups import HeadGroup
 from headlong.kernels.layout import ArenaLayout, build_arena_layout
 from headlong.server.engine.head_dealing import HeadDealing, HeadShare

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headlong.cache.block_copy import BlockCopy
 from headlong.cache.block_pool import OutOfBlocksError
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.prefix_match import PrefixMatch
@@ -141,20 +140,19 @@ class Scheduler:
         started, self._started = self._started, []
         return started
 
-    def fork(self, sequence: Sequence) -> tuple[list[BlockCopy], list[Sequence]]:
+    def fork(self, sequence: Sequence) -> list[Sequence]:
         """Let the sequences parked with one whose prompt is computed run beside it.
 
         Returns:
-            The copies to make before the next step, and the sequences that share the prompt now.
-            One for whose own blocks there is no room computes it anew, later.
+            The sequences that share the prompt now. One for whose own blocks there is no room
+            computes it anew, later.
         """
         assert sequence.cache is not None
-        copies: list[BlockCopy] = []
         forked: list[Sequence] = []
         for other in sequence.take_parked():
             other.follow(sequence)
             try:
-                other.cache, own_copies = self.cache.fork(sequence.cache)
+                other.cache = self.cache.fork(sequence.cache)
             except OutOfBlocksError:
                 self.waiting.enter(other)
                 self.waiting.put_back(other)
@@ -164,9 +162,8 @@ class Scheduler:
             other.note_bytes(self.cache)
             self.waiting.enter(other)
             self.running.append(other)
-            copies += own_copies
             forked.append(other)
-        return copies, forked
+        return forked
 
     def _decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []

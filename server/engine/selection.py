@@ -21,8 +21,8 @@ from headlong.cache.sequence_cache import SequenceCache
 from headlong.kernels.batch import UNBOUNDED, SelectionBatch, SelectionSettings
 from headlong.server.engine.engine_config import EngineConfig
 
-SCORED_SEQUENCES = 2
-"""Sequences that the canary has while none runs."""
+SCORED_SEQUENCES = 3
+"""Sequences that are scored while none runs: the canary's two, and a reader's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from headlong.cache.capacity import CacheShape, CapacityError, MemoryPlan, plan_memory
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import CapacityError, MemoryPlan, plan_memory
 from headlong.cache.groups import STREAMING, HeadGroup, build_head_groups
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.kernels.batch import UNBOUNDED

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headlong.cache.cache_shape import CacheShape
 from headlong.cache.capacity import (
-    CacheShape,
     CapacityError,
     MemoryPlan,
     longest_sequence,

@@ -147,15 +147,34 @@ def test_shapes_tell_pages_apart() -> None:
 def test_what_nobody_finished_goes_when_it_is_old(tmp_path: Path) -> None:
     write_block(tmp_path, SHAPES[0], KEYS[0], payload(0))
     folder = file_path(tmp_path, 0, KEYS[0]).parent
-    (folder / "new.kv.1.tmp").touch()
-    (folder / "old.kv.2.tmp").touch()
+    new, old = (f"{KEYS[1].hex()}-0.kv.{mark * 16}.tmp" for mark in "ab")
+    others = ("another's.tmp", KEYS[2].hex() + ".tmp", KEYS[3].hex())
     now = time.time()
-    os.utime(folder / "old.kv.2.tmp", (now - STALE_S - 1,) * 2)
+    for name in (new, old, *others):
+        (folder / name).touch()
+        if name != new:
+            os.utime(folder / name, (now - STALE_S - 1,) * 2)
     (tmp_path / "README").touch()
-    (folder / "other").touch()
     assert [each.key for each in scan_blocks(tmp_path, now)] == [KEYS[0]]
-    assert {path.name for path in folder.glob("*.tmp")} == {"new.kv.1.tmp"}
-    assert (folder / "other").exists()
+    assert not (folder / old).exists()
+    assert all((folder / name).exists() for name in (new, *others))
+
+
+def test_what_is_no_file_is_a_miss(tier: DiskTier, tmp_path: Path) -> None:
+    fill(tier, range(3))
+    paths = [file_path(tmp_path, 0, key) for key in KEYS[:3]]
+    kept = tmp_path / "kept"
+    paths[0].rename(kept)
+    paths[0].symlink_to(kept)
+    paths[1].unlink()
+    # Whoever opens it plainly waits for another to write.
+    os.mkfifo(paths[1])
+    paths[2].unlink()
+    paths[2].mkdir()
+    assert not list(scan_blocks(tmp_path, time.time()))
+    assert [read(tier, index) for index in range(3)] == [None] * 3
+    assert kept.exists()
+    assert not any(tier.has(0, key) for key in KEYS)
 
 
 def test_a_disk_that_fails_is_said_once(

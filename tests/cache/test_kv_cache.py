@@ -16,10 +16,20 @@ STREAMING = HeadPolicy(sink_size=3, window_size=6)
 
 
 def build_cache(
-    policies: Sequence[HeadPolicy], block_sizes: Sequence[int], num_blocks: Sequence[int]
+    policies: Sequence[HeadPolicy],
+    block_sizes: Sequence[int],
+    num_blocks: Sequence[int],
+    copies: list[BlockCopy] | None = None,
 ) -> KVCache:
+    """A cache that notes in `copies` what it has copied."""
     named = {f"g{index}": policy for index, policy in enumerate(policies)}
-    return caches.build_cache(named, num_blocks, block_sizes, prefix_caching=False)
+    return caches.build_cache(
+        named,
+        num_blocks,
+        block_sizes,
+        prefix_caching=False,
+        copy_blocks=([] if copies is None else copies).extend,
+    )
 
 
 def reaching(cache: KVCache, num_tokens: int, sequence: SequenceCache | None = None) -> Reservation:
@@ -70,10 +80,11 @@ def test_a_window_takes_its_new_block_before_it_gives_the_old_one_back() -> None
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_partly_filled_one() -> None:
-    cache = build_cache([RETRIEVAL, RETRIEVAL], [4, 3], [9, 9])
+    copies: list[BlockCopy] = []
+    cache = build_cache([RETRIEVAL, RETRIEVAL], [4, 3], [9, 9], copies)
     parent = cache.begin()
     cache.extend(parent, 9)
-    child, copies = cache.fork(parent)
+    child = cache.fork(parent)
     # 9 tokens: two blocks of 4 and one token, but exactly three blocks of 3.
     assert cache.owned_blocks == (4, 3)
     assert copies == [BlockCopy(0, parent.tables[0].blocks[2], child.tables[0].blocks[2])]
@@ -100,8 +111,9 @@ def test_a_fork_without_room_takes_nothing() -> None:
 
 
 def test_a_fork_of_nothing_owns_nothing() -> None:
-    cache = build_cache([RETRIEVAL, STREAMING], [4, 4], [1, 1])
-    _, copies = cache.fork(cache.begin())
+    copies: list[BlockCopy] = []
+    cache = build_cache([RETRIEVAL, STREAMING], [4, 4], [1, 1], copies)
+    cache.fork(cache.begin())
     assert copies == []
     assert cache.owned_blocks == (0, 0)
 

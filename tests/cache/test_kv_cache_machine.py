@@ -119,7 +119,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         length = len(parent.markers)
         partly = [length % table.block_size > 0 for table in parent.cache.tables]
         try:
-            child, copies = self.cache.fork(parent.cache)
+            child = self.cache.fork(parent.cache)
         except OutOfBlocksError:
             assert self.cache.owned_blocks == before
             assert not self._holds(partly)
@@ -128,7 +128,6 @@ class KVCacheMachine(RuleBasedStateMachine):
         assert self.cache.owned_blocks == tuple(
             count + own for count, own in zip(before, partly, strict=True)
         )
-        self.memory.copy_blocks(copies)
         life = Life(child, parent.markers.copy(), parent.first_query)
         self.live.append(life)
         return life

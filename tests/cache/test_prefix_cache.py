@@ -333,7 +333,7 @@ def test_keys_that_do_not_belong_to_the_sequence_are_refused() -> None:
 def test_forks_leave_their_own_ends_to_be_found() -> None:
     cache = build_mixed()
     parent = Runner(cache, range(18)).run()
-    child, _ = cache.fork(parent.cache)
+    child = cache.fork(parent.cache)
     assert child.num_published == parent.cache.num_published == 4
     keys = parent.keys.copy()
     cache.extend(child, 10)

@@ -92,7 +92,12 @@ class PrefixMachine(RuleBasedStateMachine):
         named = (("retrieval", RETRIEVAL), ("streaming", streaming), ("sliding", sliding))
         policies = dict(named[kind] for kind in kinds)
         if slabs is None:
-            self.cache = build_cache(policies, [num_blocks[kind] for kind in kinds], block_size)
+            self.cache = build_cache(
+                policies,
+                [num_blocks[kind] for kind in kinds],
+                block_size,
+                copy_blocks=self._copy_blocks,
+            )
         else:
             members = [kind + 1 for kind in kinds]
             # A slab that is twice the largest block holds one wherever it lies.
@@ -201,13 +206,12 @@ class PrefixMachine(RuleBasedStateMachine):
     def fork(self, parent: Life) -> Life | MultipleResults[Life]:
         before = self._bookkeeping()
         try:
-            child, copies = self.cache.fork(parent.cache)
+            child = self.cache.fork(parent.cache)
         except OutOfBlocksError:
             assert self._bookkeeping() == before
             # A block of each group at most was asked for.
             assert not self.cache._pools.have([1] * len(self.cache.pools))
             return multiple()
-        self.memory.copy_blocks(copies)
         asked = parent.asked
         tokens = asked.tokens.copy()
         life = Life(child, Asked(asked.keys.copy(), tokens, asked.match), parent.first_query)

@@ -57,7 +57,7 @@ class Run:
         self.kv.release_expired(self.cache)
 
     def fork(self) -> "Run":
-        cache, _ = self.kv.fork(self.cache)
+        cache = self.kv.fork(self.cache)
         return Run(self.kv, self.keys.copy(), self.tokens.copy(), self.length, cache)
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headlong.cache.capacity import CacheShape, CapacityError, MemoryPlan, plan_memory
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import CapacityError, MemoryPlan, plan_memory
 from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy

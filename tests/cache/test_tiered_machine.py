@@ -175,12 +175,9 @@ class TieredMachine(RuleBasedStateMachine):
         if not self.cache.is_ready(parent.cache):
             return multiple()
         try:
-            child, copies = self.cache.fork(parent.cache)
+            child = self.cache.fork(parent.cache)
         except OutOfBlocksError:
             return multiple()
-        for copy in copies:
-            pages = self.cache.layout.view_group(self.arena, copy.group)
-            pages[copy.target].copy_(pages[copy.source])
         asked = parent.asked
         life = Life(
             child, Asked(asked.keys.copy(), asked.tokens.copy(), asked.match), parent.first_query

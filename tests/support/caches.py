@@ -19,6 +19,7 @@ def build_cache(
     block_sizes: int | Sequence[int] = 4,
     *,
     prefix_caching: bool = True,
+    copy_blocks: Callable[[Sequence[BlockCopy]], None] = lambda copies: None,
 ) -> KVCache:
     """Groups by their names, with so many blocks each."""
     sizes = [block_sizes] * len(policies) if isinstance(block_sizes, int) else block_sizes
@@ -31,7 +32,13 @@ def build_cache(
         pages=tuple(PageLayout(size, 2, torch.float32) for size in sizes),
         num_blocks=tuple(num_blocks),
     )
-    return KVCache(groups, layout, prefix_caching=prefix_caching, namespace=b"model")
+    return KVCache(
+        groups,
+        layout,
+        prefix_caching=prefix_caching,
+        namespace=b"model",
+        copy_blocks=copy_blocks,
+    )
 
 
 def build_slab_cache(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headlong.cache.capacity import CacheShape
+from headlong.cache.cache_shape import CacheShape
 from headlong.cache.groups import HeadGroup, build_head_groups
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy

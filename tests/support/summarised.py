@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from headlong.cache.block_copy import BlockCopy
 from headlong.cache.groups import HeadGroup, build_head_groups
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import HeadPolicy
@@ -98,13 +99,18 @@ class Growing:
         self.arena = torch.full((self.layout.total_bytes,), 255, dtype=torch.uint8)
         if former is not None:
             self.arena.view(torch.float32).fill_(former)
-        self.cache = KVCache(setting.groups, self.layout)
+        self.cache = KVCache(setting.groups, self.layout, copy_blocks=self._copy_blocks)
         self.sequences = [self.cache.begin(self.cache.policies(each)) for each in policies]
         rng = torch.Generator().manual_seed(seed)
         shape = len(policies), len(RETRIEVAL), 2, longest, len(RETRIEVAL[0]), setting.head_dim
         self.tokens = torch.randn(*shape, generator=rng).to(setting.dtype)
         self.summaries: dict[tuple[int, int, int, int], torch.Tensor] = {}
         self._append = make_append(self.arena, self.layout)
+
+    def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            blocks = self.layout.view_group(self.arena, copy.group)
+            blocks[copy.target] = blocks[copy.source]
 
     def step(self, num_new: Sequence[int]) -> AttentionBatch:
         """Append so many tokens of each sequence; those with none are not in the batch."""

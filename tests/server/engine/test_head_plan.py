@@ -29,6 +29,4 @@ def test_compensation_needs_a_window(tiny_model: Callable[[str], Path], tmp_path
 def test_a_plan_refuses_what_an_engine_does() -> None:
     config = EngineConfig(model="m", compensation="on")
     with pytest.raises(ConfigError, match="window_size of at least 2"):
-        SizingRequest(
-            config=config, gpu=find_gpu("h100-80g"), even=EvenHeads(0.5, window_size=1)
-        )
+        SizingRequest(config=config, gpu=find_gpu("h100-80g"), even=EvenHeads(0.5, window_size=1))

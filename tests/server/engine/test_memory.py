@@ -13,6 +13,7 @@ from headlong.server.engine.engine import Engine
 from headlong.server.engine.memory import (
     DeviceMemory,
     choices_bytes,
+    page_formats,
     plan_arena,
     run_without_cache,
 )
@@ -99,14 +100,16 @@ def test_the_pages_that_heads_choose_are_counted(
     )
 
 
-def test_chosen_pages_leave_less_for_the_arena(on_cuda: Callable[..., int]) -> None:
+def test_chosen_pages_leave_less_for_the_arena(engine: Engine, on_cuda: Callable[..., int]) -> None:
     measured = card(0.01, 0.005, 0.0, 0.0)
-    few, many = (
-        on_cuda(measured, retrieval_budget=1024, max_num_seqs=count) for count in (2, 200)
+    small, large = (
+        on_cuda(measured, retrieval_budget=budget, max_num_seqs=200) for budget in (128, 1024)
     )
-    # Of 198 more sequences, 61 pages of each head in 4 bytes.
-    heads = 198 * 61 * 4 * 8
-    assert few - many == pytest.approx(heads, abs=20_000)
+    num_heads = sum(len(group.members) for group in engine.groups)
+    # Of 200 sequences, and the one that all share who read everything.
+    more = 201 * num_heads * 4 * (1024 - 128) // engine.config.block_size
+    assert small - large == pytest.approx(more, abs=20_000)
+    assert more > 100_000
 
 
 def test_bytes_that_are_given_are_not_measured(on_cuda: Callable[..., int]) -> None:
@@ -121,6 +124,15 @@ def test_a_card_that_is_too_full(on_cuda: Callable[..., int]) -> None:
     with pytest.raises(ConfigError, match=r"hold a sequence of .* GiB") as caught:
         on_cuda(card(0.01, 0.0088, 0, 0), max_model_len=2048)
     assert caught.value.param == "max_model_len"
+
+
+def test_int4_needs_an_even_number_of_elements(engine: Engine) -> None:
+    config = replace(engine.config, kv_cache_dtype="int4")
+    geometry = engine.model.geometry
+    assert page_formats(config, replace(geometry, head_dim=80))["retrieval"].name == "int4"
+    with pytest.raises(ConfigError, match=r"two elements in a byte, .* have 33") as caught:
+        page_formats(config, replace(geometry, head_dim=33))
+    assert caught.value.param == "kv_cache_dtype"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headlong.cache.capacity import CacheShape, CapacityError, plan_memory
+from headlong.cache.cache_shape import CacheShape
+from headlong.cache.capacity import CapacityError, plan_memory
 from headlong.cache.groups import build_head_groups
 from headlong.cache.policy import HeadPolicy
 from headlong.server.engine.head_dealing import HeadShare, deal_heads

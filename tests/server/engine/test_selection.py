@@ -87,8 +87,7 @@ def test_no_two_sequences_have_a_place(steps: list[str]) -> None:
         if step == "begin" or not live:
             live.append(cache.begin())
         elif step == "fork":
-            child, _ = cache.fork(live[index % len(live)])
-            live.append(child)
+            live.append(cache.fork(live[index % len(live)]))
         else:
             cache.free(live.pop(index % len(live)))
         most = max(most, len(live))
