@@ -26,6 +26,7 @@ class CacheShape:
         formats: Quantisation of the pages of each kind of head; kinds left out have none.
         summarised: Whether pages of retrieval heads know the bounds of their keys.
         compensated: Whether pages of streaming heads know the sums of what they drop.
+        compensated_from: First layer that puts them to use.
         in_slabs: Whether the groups share the arena, if there are several and it is large enough.
     """
 
@@ -39,6 +40,7 @@ class CacheShape:
     formats: Mapping[str, Quantisation] = field(default_factory=dict)
     summarised: bool = False
     compensated: bool = False
+    compensated_from: int = 0
     in_slabs: bool = False
 
     def page(self, group: HeadGroup) -> PageLayout:
@@ -50,6 +52,7 @@ class CacheShape:
             self.formats.get(group.kind),
             summarised=self.summarised and group.kind == RETRIEVAL_HEADS,
             compensated=self.compensated and group.kind == STREAMING,
+            compensated_from=self.compensated_from,
         )
 
     def block_bytes(self, group: HeadGroup) -> int:

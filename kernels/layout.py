@@ -77,6 +77,7 @@ class PageLayout:
         quantisation: How they lie here; None as they are.
         summarised: Whether the page knows the bounds of its keys.
         compensated: Whether the page knows the sums of what may be dropped before it.
+        compensated_from: First layer whose heads let them stand for what they dropped.
     """
 
     block_size: int
@@ -85,6 +86,7 @@ class PageLayout:
     quantisation: Quantisation | None = None
     summarised: bool = False
     compensated: bool = False
+    compensated_from: int = 0
 
     @property
     def packed_bytes(self) -> int:
@@ -131,6 +133,10 @@ class PageLayout:
     def page_bytes(self) -> int:
         """Bytes of one page: a multiple of 16."""
         return _aligned(self.sums_at + (2 * 4 * self.head_dim if self.compensated else 0))
+
+    def compensates(self, layer: int) -> bool:
+        """Whether one more entry stands for what a layer's heads dropped."""
+        return self.compensated and layer >= self.compensated_from
 
 
 def _aligned(offset: int) -> int:

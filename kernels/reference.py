@@ -101,7 +101,7 @@ def attend(
     For query head h of KV head h // (num_q_heads / num_kv_heads), at position t:
         s_j = softcap * tanh(sm_scale * q.k_j / softcap)    (without softcap: sm_scale * q.k_j)
         o   = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(sinks[h]))    over the j that t sees
-    (without sinks the last term is absent). In a compensated group one more j stands for the N
+    (without sinks the last term is absent). Where a layer compensates, one more j stands for the N
     tokens that t does not see any more: k_j and v_j are the means of theirs, and ln N is added to
     s_j (RazorAttention, arXiv 2407.15891).
 
@@ -139,7 +139,7 @@ def attend(
                 logits = mine[:, head] @ keys.T * sm_scale
                 logits = _capped(logits, softcap).masked_fill(~mask, -math.inf)
                 extra = [
-                    _compensation(pages, mine[row, head], int(t), sm_scale, softcap)
+                    _compensation(pages, layer, mine[row, head], int(t), sm_scale, softcap)
                     for row, t in enumerate(positions)
                 ]
                 columns = [logits, torch.stack([logit for logit, _ in extra])[:, None]]
@@ -157,13 +157,14 @@ def attend(
 
 def _compensation(
     pages: SequencePages,
+    layer: int,
     query: torch.Tensor,
     position: int,
     sm_scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logit and value of what stands for the dropped tokens; -inf and 0 if there are none."""
-    mean = dropped_mean(pages, position)
+    mean = dropped_mean(pages, position) if pages.layout.compensates(layer) else None
     if mean is None:
         return torch.tensor(-math.inf, dtype=torch.float64), torch.zeros_like(query)
     logit = _capped(query @ mean.key * sm_scale, softcap)

@@ -96,11 +96,11 @@ class TorchAttention:
             mine_sinks = None if sinks is None else sinks.view(num_kv_heads, -1, 1, 1)[index]
             logits = Logits(sm_scale, softcap, mine_sinks)
             result = out if everyone else out.new_empty(num_tokens, *mine.shape[:2], head_dim)
+            compensates = self.layout.pages[heads.group].compensates(layer)
             for bucket in plan[heads.group].decodes:
                 rows = mine[:, :, bucket.rows].permute(2, 0, 1, 3)
-                attended = self._decode(
-                    heads, rows, bucket.blocks, bucket.hidden, logits, bucket.dropped
-                )
+                dropped = bucket.dropped if compensates else None
+                attended = self._decode(heads, rows, bucket.blocks, bucket.hidden, logits, dropped)
                 result[bucket.rows] = attended.to(result.dtype)
             for choice in plan[heads.group].choices:
                 assert self.page_selection is not None, "a batch chooses pages, its backend cannot"
@@ -109,7 +109,7 @@ class TorchAttention:
                 attended = self._decode(heads, rows, blocks, choice.hidden, logits)
                 result[choice.rows] = attended.to(result.dtype)
             for chunk in plan[heads.group].prefills:
-                self._prefill(heads, mine, chunk, logits, result)
+                self._prefill(heads, mine, chunk, logits, result, compensates=compensates)
             if not everyone:
                 out[:, index] = result
         return out.view(num_tokens, num_q_heads, head_dim)
@@ -177,6 +177,8 @@ class TorchAttention:
         chunk: PrefillChunk,
         logits: Logits,
         out: torch.Tensor,
+        *,
+        compensates: bool,
     ) -> None:
         """Attention of a chunk, written into `out` [total_tokens, heads, group_size, head_dim]."""
         num_heads, group_size, _, head_dim = query.shape
@@ -193,7 +195,8 @@ class TorchAttention:
             rows = query[:, :, tile.start : tile.end]
             mask = tile.seen.new_ones(rows.shape[2], tile_keys.shape[1])
             mask[:, tile.masked_from :] = tile.seen
-            if logits.plain and tile.dropped is None:
+            dropped = tile.dropped if compensates else None
+            if logits.plain and dropped is None:
                 shape = (num_heads, group_size, -1, head_dim)
                 result = scaled_dot_product_attention(
                     rows,
@@ -204,11 +207,11 @@ class TorchAttention:
                 )
             else:
                 scores = torch.matmul(rows * logits.sm_scale, tile_keys[:, None].transpose(2, 3))
-                if tile.dropped is None:
+                if dropped is None:
                     weights = logits.softmax(scores, ~mask, query.dtype)
                     result = torch.matmul(weights, tile_values[:, None])
                 else:
-                    means = dropped_means(pages, heads, tile.dropped)
+                    means = dropped_means(pages, heads, dropped)
                     extra = means.logits(rows[None], logits)[0]
                     weights = logits.softmax(scores, ~mask, query.dtype, extra)
                     result = torch.matmul(weights[..., :-1], tile_values[:, None])

@@ -75,7 +75,10 @@ class TritonAttention:
             else TritonSelection(arena, layout, num_q_heads, selection)
         )
         self._formats = page_formats(layout.pages)
-        self._compensated = page_formats([each for each in layout.pages if each.compensated])
+        self._compensated = [
+            page_formats([each for each in layout.pages if each.compensates(layer)])
+            for layer in range(len(layout.layers))
+        ]
         self._page = page
         self._layers = build_layer_tables(layout, arena.device)
         self._groups = build_group_table(layout, arena.device)
@@ -182,7 +185,7 @@ class TritonAttention:
                 self._num_programs,
                 self._page.block_size,
                 self._formats,
-                self._compensated,
+                self._compensated[layer],
                 sm_scale,
                 softcap or 0.0,
             )
@@ -202,7 +205,7 @@ class TritonAttention:
                 shape.num_tiles,
                 self._page.block_size,
                 self._formats,
-                self._compensated,
+                self._compensated[layer],
                 sm_scale,
                 softcap or 0.0,
             )

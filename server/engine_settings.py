@@ -175,6 +175,10 @@ class EngineSettings(BaseSettings):
         Compensation | None,
         Flag("Streaming heads keep one entry that stands for all they dropped.", _COMPRESSION),
     ] = None
+    compensation_from_layer: Annotated[
+        int | None,
+        Flag("First layer, counted from 0, whose streaming heads do.", _COMPRESSION),
+    ] = None
     retrieval_budget: Annotated[
         int | None,
         Flag(

@@ -176,7 +176,10 @@ def _feature_lines(config: EngineConfig, shape: CacheShape) -> list[str]:
         )
         lines.append(f"KV cache format: {', '.join(named)}")
     if shape.compensated and STREAMING in kinds:
-        lines.append("compensation: streaming heads keep one entry for all tokens that they drop")
+        lines.append(
+            f"compensation: from layer {shape.compensated_from} on, streaming heads keep one entry "
+            "for all tokens that they drop"
+        )
     if config.retrieval_budget is not None:
         steps = config.selection_reuse_steps
         chosen = "for each token" if steps == 1 else f"for {steps} tokens at once"

@@ -52,6 +52,8 @@ class EngineConfig:
         kv_cache_dtype: Format of K and V: "auto", a dtype, "fp8", "int8" or "int4", or one for each
             kind of head, as in "retrieval=int4,streaming=bf16"; see `read_kv_cache_dtype`.
         compensation: "on" lets streaming heads keep one entry that stands for all they dropped.
+        compensation_from_layer: First layer, counted from 0, in which they do. Those of layer 0
+            look for tokens, of which no mean tells anything.
         retrieval_budget: Most tokens that a retrieval head reads for a generated token, those of
             the pages that its query fits best; None reads all.
         selection_reuse_steps: Generated tokens that share a choice of pages, 1 to `block_size`; a
@@ -105,6 +107,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     compensation: Compensation = "off"
+    compensation_from_layer: int = 1
     retrieval_budget: int | None = None
     selection_reuse_steps: int = 1
     selection_min_similarity: float | None = None
@@ -162,6 +165,12 @@ class EngineConfig:
             similarity is None or -1.0 <= similarity <= 1.0,
             "selection_min_similarity",
             "in -1 to 1",
+        )
+        check(self.compensation_from_layer >= 0, "compensation_from_layer", "0 or more")
+        check(
+            self.compensation_from_layer == 1 or self.compensation == "on",
+            "compensation_from_layer",
+            "left out without compensation",
         )
         for name, default in (("selection_reuse_steps", 1), ("selection_min_similarity", None)):
             check(

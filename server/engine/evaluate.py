@@ -38,6 +38,7 @@ def without_compression(config: EngineConfig) -> EngineConfig:
         window_size=None,
         kv_cache_dtype="auto",
         compensation="off",
+        compensation_from_layer=1,
         retrieval_budget=None,
         selection_reuse_steps=1,
         selection_min_similarity=None,

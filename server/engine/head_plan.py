@@ -45,6 +45,13 @@ def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...
     except ValueError as error:
         raise ConfigError(f"profile {config.profile!r}: {error}", "profile") from error
     check_compensation(config, streaming.window_size)
+    first, num_layers = config.compensation_from_layer, geometry.num_layers
+    if config.compensation == "on" and first >= num_layers:
+        raise ConfigError(
+            f"compensation_from_layer must be below {num_layers}, the model's number of layers, "
+            f"got {first}",
+            "compensation_from_layer",
+        )
     return build_head_groups(profile_labels, streaming, geometry.native_windows)
 
 
@@ -97,6 +104,7 @@ def prefix_namespace(
         groups,
         config.kv_cache_dtype,
         config.compensation,
+        config.compensation_from_layer,
         config.quantization,
         config.block_size,
         config.retrieval_budget,

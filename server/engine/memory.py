@@ -146,6 +146,7 @@ def cache_shape(
         formats=page_formats(config, geometry),
         summarised=config.retrieval_budget is not None,
         compensated=config.compensation == "on",
+        compensated_from=config.compensation_from_layer,
     )
 
 

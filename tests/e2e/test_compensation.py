@@ -27,7 +27,11 @@ def build(
     profile = random_profile(folder, tmp_path_factory.mktemp("profile") / "p.json", seed=3)
 
     def make(**changes: object) -> Engine:
-        settings: dict[str, object] = {"profile": str(profile), "compensation": "on"}
+        settings: dict[str, object] = {
+            "profile": str(profile),
+            "compensation": "on",
+            "compensation_from_layer": 0,
+        }
         return build_engine(folder, **(settings | changes))
 
     return make
@@ -40,7 +44,7 @@ def expected(build: Build) -> list[list[int]]:
 
 
 def test_it_changes_what_is_said(build: Build, expected: list[list[int]]) -> None:
-    assert run(build(compensation="off"), PROMPTS, PARAMS) != expected
+    assert run(build(compensation="off", compensation_from_layer=1), PROMPTS, PARAMS) != expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -94,7 +98,7 @@ def test_forks(build: Build, expected: list[list[int]]) -> None:
 def test_wider_policies_beside_it(build: Build, expected: list[list[int]]) -> None:
     """A request that keeps everything has nothing to compensate for, and disturbs nobody."""
     engine = build(kv_policy_tokens=2048)
-    whole = build(compensation="off", kv_policy_tokens=2048)
+    whole = build(compensation="off", compensation_from_layer=1, kv_policy_tokens=2048)
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(EngineRequest(f"own {index}", prompt, PARAMS))
         engine.add_request(

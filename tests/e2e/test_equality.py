@@ -47,20 +47,23 @@ def test_all_retrieval_equals_generate(name: str, tiny_model: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("seed", "compensation"), [(0, "off"), (1, "off"), (2, "on")])
+@pytest.mark.parametrize(("seed", "compensated_from"), [(0, None), (1, 0), (2, 1)])
 def test_profile_logits_equal_masked_attention(
     name: str,
     seed: int,
-    compensation: str,
+    compensated_from: int | None,
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tiny_model(name)
     profile = random_profile(folder, tmp_path / "profile.json", seed)
-    engine = build_engine(
-        folder, profile=str(profile), max_num_batched_tokens=64, compensation=compensation
+    compensation: dict[str, object] = (
+        {}
+        if compensated_from is None
+        else {"compensation": "on", "compensation_from_layer": compensated_from}
     )
+    engine = build_engine(folder, profile=str(profile), max_num_batched_tokens=64, **compensation)
     seen: dict[str, list[torch.Tensor]] = {}
 
     def sample(logits: torch.Tensor, sequences: list, eos_token_ids: frozenset[int]) -> list:  # type: ignore[type-arg]
@@ -79,7 +82,7 @@ def test_profile_logits_equal_masked_attention(
         ]
         for layer in range(engine.model.geometry.num_layers)
     ]
-    oracle = MaskedOracle(folder, labels, SINK_SIZE, WINDOW_SIZE, compensated=compensation == "on")
+    oracle = MaskedOracle(folder, labels, SINK_SIZE, WINDOW_SIZE, compensated_from)
     for index, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
         expected = oracle.logits(prompt + tokens)[len(prompt) - 1 : -1]
         assert (torch.stack(seen[str(index)]) - expected).abs().max() <= 1e-4

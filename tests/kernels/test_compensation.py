@@ -79,6 +79,30 @@ def test_quantised_pages(form: str, step: list[int]) -> None:
     compare(grown(Setting(streaming_format=form)), step, TOLERANCES[torch.float32])
 
 
+@pytest.mark.parametrize("step", [STEPS["both"], STEPS["chunks"]])
+def test_layers_before_the_first_one_do_without(step: list[int]) -> None:
+    compare(grown(Setting(compensated_from=1)), step, TOLERANCES[torch.float32])
+
+
+def test_where_layers_do_without_what_was_dropped_is_gone() -> None:
+    """No query of theirs sees it, so it may have been anything."""
+    results: list[list[torch.Tensor]] = []
+    for change in (0.0, 1.0):
+        growing = Growing(Setting(compensated_from=1), by_reference)
+        growing.tokens[0, :, :, 5:40] += change
+        growing.step([60])
+        batch = growing.step([1])
+        attention = TorchAttention(growing.arena, growing.layout, NUM_Q_HEADS)
+        plan = attention.plan(batch)
+        query = torch.ones(NUM_Q_HEADS, 1, 16)
+        # The middle KV head of layer 0 streams, and all of layer 1.
+        results.append(
+            [attention.attend(layer, query, plan, sm_scale=0.25)[0, 3:6] for layer in (0, 1)]
+        )
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.allclose(results[0][1], results[1][1], atol=1e-2)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_softcap_and_learned_sinks(softcap: float | None, has_sinks: bool) -> None:

@@ -48,6 +48,7 @@ def test_quantised_pages(form: str, dtype: torch.dtype) -> None:
         Setting(HeadPolicy(4, 9), block_size=8, head_dim=80),
         Setting(HeadPolicy(17, 33), block_size=64, head_dim=64, dtype=torch.float16),
         Setting(HeadPolicy(0, 2), block_size=16, head_dim=32, streaming_format="int4"),
+        Setting(block_size=16, compensated_from=1),
     ],
     ids=str,
 )

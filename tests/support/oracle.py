@@ -18,7 +18,8 @@ class MaskedOracle:
         labels: [num_layers][num_kv_heads], True keeps everything.
         sink_size: Of the other heads.
         window_size: Of the other heads.
-        compensated: Whether one more key, with its value, stands for all that these do not see.
+        compensated_from: First layer in which one more key, with its value, stands for all that
+            these do not see; None if none does.
     """
 
     def __init__(
@@ -27,12 +28,12 @@ class MaskedOracle:
         labels: Sequence[Sequence[bool]],
         sink_size: int,
         window_size: int,
-        compensated: bool = False,
+        compensated_from: int | None = None,
     ) -> None:
         self.labels = labels
         self.sink_size = sink_size
         self.window_size = window_size
-        self.compensated = compensated
+        self.compensated_from = compensated_from
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -66,7 +67,7 @@ class MaskedOracle:
         rows = [self._visible(length, keeps_all, sliding_window) for keeps_all in labels]
         mask = torch.zeros(1, len(rows), *rows[0].shape)
         mask.masked_fill_(~torch.stack(rows), torch.finfo(torch.float32).min)
-        if self.compensated:
+        if self.compensated_from is not None and module.layer_idx >= self.compensated_from:
             # A key and a value for each query, which no other query sees.
             key, value = (torch.cat([each, self._means(each)], dim=2) for each in (key, value))
             counts = [

@@ -39,6 +39,7 @@ class Setting:
         retrieval_format: Name of the quantisation of the retrieval heads' pages.
         streaming_format: Likewise.
         num_blocks: Of each group.
+        compensated_from: First layer that puts the sums to use.
     """
 
     streaming: HeadPolicy = field(default_factory=lambda: HeadPolicy(5, 12))
@@ -48,6 +49,7 @@ class Setting:
     retrieval_format: str | None = None
     streaming_format: str | None = None
     num_blocks: int = 256
+    compensated_from: int = 0
 
     @property
     def groups(self) -> tuple[HeadGroup, ...]:
@@ -64,7 +66,12 @@ class Setting:
             members=tuple(group.members for group in self.groups),
             pages=(
                 replace(plain, quantisation=formats[0], summarised=True),
-                replace(plain, quantisation=formats[1], compensated=True),
+                replace(
+                    plain,
+                    quantisation=formats[1],
+                    compensated=True,
+                    compensated_from=self.compensated_from,
+                ),
             ),
             num_blocks=(self.num_blocks,) * 2,
         )

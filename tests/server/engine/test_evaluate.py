@@ -58,6 +58,7 @@ def test_a_labelling_is_measured_by_itself(profile):
         window_size=9,
         kv_cache_dtype="retrieval=int4",
         compensation="on",
+        compensation_from_layer=0,
         retrieval_budget=64,
         selection_reuse_steps=2,
         selection_min_similarity=0.5,

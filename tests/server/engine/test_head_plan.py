@@ -26,6 +26,22 @@ def test_compensation_needs_a_window(tiny_model: Callable[[str], Path], tmp_path
     assert caught.value.param == "compensation"
 
 
+def test_compensation_is_of_some_layer(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    profile = random_profile(folder, tmp_path / "p.json", seed=1)
+    for layer, message in (
+        (99, "must be below [0-9]+, the model's number of layers, got 99"),
+        (-1, "0 or more"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            build_engine(
+                folder, profile=str(profile), compensation="on", compensation_from_layer=layer
+            )
+        assert caught.value.param == "compensation_from_layer"
+    with pytest.raises(ConfigError, match="left out without compensation"):
+        EngineConfig(model="m", compensation_from_layer=0)
+
+
 def test_a_plan_refuses_what_an_engine_does() -> None:
     config = EngineConfig(model="m", compensation="on")
     with pytest.raises(ConfigError, match="window_size of at least 2"):

@@ -265,7 +265,8 @@ def test_the_operator_is_told_what_is_stored_and_read(build: Callable[..., Engin
     )
     assert describe(engine)[1:4] == [
         "KV cache format: retrieval in int4, streaming in int8",
-        "compensation: streaming heads keep one entry for all tokens that they drop",
+        "compensation: from layer 1 on, streaming heads keep one entry for all tokens that they "
+        "drop",
         "page selection: a generated token reads at most 70 tokens in a retrieval head, chosen for "
         "4 tokens at once, anew where the query's cosine is below 0.9",
     ]
