@@ -38,7 +38,7 @@ serve: $(RUNTIME_STAMP) ## Serve a model on 127.0.0.1:8000; the embedded one unl
 .PHONY: test
 test: $(DEV_STAMP) ## Run the tests.
 	$(BIN)/python -m pytest --quiet --durations=5
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --quiet --durations=5 -m triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --quiet --durations=5 --numprocesses=auto -m triton
 
 .PHONY: kernels
 kernels: $(DEV_STAMP) ## Compile every GPU kernel for sm_80 and sm_90; needs no GPU.

@@ -148,7 +148,7 @@ DRY = Settings(
             decodes=decodes, prefills=(Chunk(20, 5),),
         )
         for formats, compensated, budget, decodes in (
-            (INT8, False, None, (1, 33)), (FP8, False, None, (1, 33)),
+            ((("retrieval", "int8"), ("streaming", "fp8")), False, None, (1, 33)),
             (INT4_AND_INT8, True, 64, (1050, 20)),
         )
     ),

@@ -54,8 +54,8 @@ class Settings:
     more_attention: tuple[LayerCell, ...] = ()
     shape: ModelShape = LLAMA_3_8B
     steps: int = 16
-    # Under a budget a layer reads some 20 MiB: eight of them outgrow an L2.
-    kind: Kind = field(default_factory=lambda: Kind(most_layers=8))
+    # Under a budget a layer reads 16 MiB of a sequence at most, and 4 MiB of int4.
+    kind: Kind = field(default_factory=lambda: Kind(most_layers=32))
     engine_kind: EngineKind = field(default_factory=lambda: EngineKind(2 * K))
 
 

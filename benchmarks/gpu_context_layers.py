@@ -2,7 +2,7 @@
 
 As in part "kernels", layers take turns within one recorded CUDA graph, so that none finds its pages
 in the L2. Under a budget the graph holds as many steps as share a choice: one that chooses, then
-those that keep it.
+those that keep it. What is appended begins a page, so that sums are written as well as bounds.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +16,10 @@ from gpu_session import Entry, Session
 from headlong.kernels.batch import SelectionBatch, SelectionSettings
 
 Form = Literal["int8", "fp8", "int4"]
+
+BUDGET_SHARE = 4
+"""Under a budget a layer holds far more than it reads: its turns read so many times less, which is
+still two to three times an L2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,8 @@ class LayerCell:
         bits = {None: 8 * kind.dtype.itemsize, "int4": 4}.get(self.form, 8)
         tokens = self.batch * min(self.context, self.budget or self.context)
         layer_bytes = tokens * elements * bits / 8
-        return max(2, min(kind.most_layers, int(kind.least_bytes / layer_bytes) + 1))
+        least_bytes = kind.least_bytes / (1 if self.budget is None else BUDGET_SHARE)
+        return max(2, min(kind.most_layers, int(least_bytes / layer_bytes) + 1))
 
     def entry(self) -> Entry:
         """What tells it from others."""
@@ -91,7 +96,7 @@ class LayerCell:
 
 def attend(session: Session, kind: Kind, cell: LayerCell) -> Entry:
     """Time attention of one layer, choosing included."""
-    layers = _make(session, kind, cell)
+    layers = _make(session, kind, cell, Chunk(cell.context - 1, 1))
     batch = layers.paged.batch
     plans = [
         layers.backend.plan(replace(batch, selection=_selection(cell, renews=step == 0)))
@@ -110,6 +115,7 @@ def attend(session: Session, kind: Kind, cell: LayerCell) -> Entry:
     return {
         "kind": "attend",
         **cell.entry(),
+        "dtype": dtype_name(kind.dtype),
         "method": recorded.method,
         "read_bytes": read_bytes,
         "bytes_per_s": read_bytes / timing.median_s,
@@ -119,7 +125,7 @@ def attend(session: Session, kind: Kind, cell: LayerCell) -> Entry:
 
 def append(session: Session, kind: Kind, cell: LayerCell) -> Entry:
     """Time the append of one layer: K and V in their format, and what their pages say."""
-    layers = _make(session, kind, cell)
+    layers = _make(session, kind, cell, Chunk(cell.context, 1))
     heads, device = cell.heads, session.device.torch_device
     size = heads.num_kv_heads, cell.batch, heads.head_dim
     key, value = (torch.randn(size, dtype=kind.dtype, device=device) for _ in range(2))
@@ -131,17 +137,28 @@ def append(session: Session, kind: Kind, cell: LayerCell) -> Entry:
 
     recorded = session.device.record(work)
     timing = session.device.time(recorded.replay).per(layers.count)
-    return {"kind": "append", **cell.entry(), "method": recorded.method, **timing.entry()}
+    return {
+        "kind": "append",
+        **cell.entry(),
+        "dtype": dtype_name(kind.dtype),
+        "method": recorded.method,
+        **timing.entry(),
+    }
 
 
-def _make(session: Session, kind: Kind, cell: LayerCell) -> PagedLayers:
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 is "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _make(session: Session, kind: Kind, cell: LayerCell, chunk: Chunk) -> PagedLayers:
     settings = None
     if cell.budget is not None:
-        settings = SelectionSettings(cell.budget, 1 + cell.batch, cell.context)
+        settings = SelectionSettings(cell.budget, 1 + cell.batch, chunk.cached + chunk.new)
     return PagedLayers(
         kind,
         cell.heads,
-        [Chunk(cell.context - 1, 1)] * cell.batch,
+        [chunk] * cell.batch,
         count=cell.num_layers(kind),
         pages=cell.pages(kind),
         retrieval=cell.retrieval,

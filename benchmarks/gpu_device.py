@@ -98,8 +98,7 @@ class Device:
         return 0
 
     def release(self) -> None:
-        """Give back what nobody holds any more."""
-        gc.collect()
+        """Give back what nobody holds any more: before large work, of which a dry run has none."""
 
 
 class CudaDevice(Device):

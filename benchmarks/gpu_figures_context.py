@@ -44,6 +44,14 @@ def of_fewer_bytes(parts: Parts, entry: Entry) -> float | None:
     return plain["median_ms"] / entry["median_ms"] / fewer
 
 
+def over_long(parts: Parts, entry: Entry) -> float | None:
+    """Time at 1M tokens over the same at 128k; None at any other context."""
+    if entry["context"] != LONGER:
+        return None
+    shorter = like(parts, entry, context=LONG)
+    return None if shorter is None else entry["median_ms"] / shorter["median_ms"]
+
+
 def of_link(parts: Parts, entry: Entry) -> float | None:
     """A host tier's rate over the link's in the same direction."""
     link = _first(entries(parts, PART, kind="link", direction=entry["direction"]))

@@ -9,17 +9,18 @@ that is asked for to the last that arrived. What comes back must be what went.
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from gpu_context_layers import Form
+from gpu_context_layers import Form, dtype_name
 from gpu_device import Timing
 from gpu_paged import DUO_ATTENTION, Chunk, HeadShape, Pages, all_heads, build_paged, even_labels
 from gpu_session import Entry, Session
 
-from headlong.cache.transfers import Move, PinnedBuffer, make_mover
+from headlong.cache.transfers import Move, Mover, PinnedBuffer, make_mover
 
 Direction = Literal["store", "load", "both"]
 """To the host, to the device, or half of the bytes each way at once."""
@@ -131,54 +132,60 @@ def tier(session: Session, settings: Settings, cell: TierCell, direction: Direct
         device,
     )
     paged.arena.random_(0, 256)
-    blocks = paged.layout.view_group(paged.arena, 0)
-    buffer = PinnedBuffer(count * cell.block_bytes, pinned=device.type == "cuda")
-    mover = make_mover(paged.arena, paged.layout, buffer.memory)
+    blocks = paged.layout.view_group(paged.arena, 0)[:count]
     places = torch.randperm(count).tolist()
     moves = [Move(0, block, place * cell.block_bytes) for block, place in enumerate(places)]
-
-    def go(stores: list[Move], loads: list[Move]) -> None:
-        storing, loading = (_batches(each, settings.batch_blocks) for each in (stores, loads))
-        for index in range(max(len(storing), len(loading))):
-            # A load waits for the stores that were asked for before: it comes first.
-            if index < len(loading):
-                mover.load(loading[index])
-            if index < len(storing):
-                mover.store(storing[index])
-        arrived = 0
-        while arrived < len(storing) + len(loading):
-            mover.wait(ARRIVAL_S)
-            arrived += len(mover.finished())
-
-    half = count // 2
+    half, size = count // 2, settings.batch_blocks
     ways: dict[Direction, tuple[list[Move], list[Move]]] = {
         "store": (moves, []),
         "load": ([], moves),
         "both": (moves[:half], moves[half:]),
     }
-    try:
-        expected = blocks[: min(count, settings.batch_blocks)].clone()
-        go(moves, [])
-        timing = _time(session, settings, partial(go, *ways[direction]), count * cell.block_bytes)
+    host = PinnedBuffer(count * cell.block_bytes, pinned=device.type == "cuda")
+    with closing(host), closing(make_mover(paged.arena, paged.layout, host.memory)) as mover:
+        expected = blocks.clone()
+        _move(mover, moves, [], size)
+        timing = _time(
+            session,
+            settings,
+            partial(_move, mover, *ways[direction], size),
+            count * cell.block_bytes,
+        )
         blocks.zero_()
         session.device.synchronize()
-        go([], moves)
+        _move(mover, [], moves, size)
         session.device.synchronize()
-        same = torch.equal(blocks[: len(expected)], expected)
-    finally:
-        mover.close()
-        buffer.close()
+        same = torch.equal(blocks, expected)
     return {
         "status": "ok" if same else "failed",
         "why": "" if same else "blocks came back as others than they went",
         "kind": "tier",
         "direction": direction,
         "form": cell.form,
+        "dtype": dtype_name(cell.dtype),
         "block_size": cell.block_size,
         "block_bytes": cell.block_bytes,
         "batch_blocks": settings.batch_blocks,
         **timing,
     }
+
+
+def _move(mover: Mover, stores: list[Move], loads: list[Move], size: int) -> None:
+    """Ask for all moves, in batches of `size`, and wait until they have arrived."""
+    storing, loading = (_batches(each, size) for each in (stores, loads))
+    for index in range(max(len(storing), len(loading))):
+        # A load waits for the stores that were asked for before: it comes first.
+        if index < len(loading):
+            mover.load(loading[index])
+        if index < len(storing):
+            mover.store(storing[index])
+    left = len(storing) + len(loading)
+    while left:
+        mover.wait(ARRIVAL_S)
+        arrived = mover.finished()
+        if not arrived:
+            raise RuntimeError(f"no block arrived within {ARRIVAL_S:.0f} s")
+        left -= len(arrived)
 
 
 def _batches(moves: list[Move], size: int) -> list[list[Move]]:

@@ -66,6 +66,7 @@ REAL = Settings(
 )
 DRY_HEADS = HeadShape("gqa", num_q_heads=8, num_kv_heads=4, head_dim=16)
 DRY = Settings(
+    retrieval=(1.0, 0.5),
     decodes=((DecodeShape(DRY_HEADS, 40, 2), (16,)),),
     prefills=(PrefillShape(DRY_HEADS, 40, 8), PrefillShape(DRY_HEADS, 8, 8)),
     kind=DRY_KIND,

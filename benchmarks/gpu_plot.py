@@ -99,7 +99,7 @@ def _context_bars(axes: "Axes", parts: Parts, kind: str, title: str, scale: floa
         if kind == "attend":
             if entry["batch"] > 1 or entry["retrieval"] < 1.0:
                 continue
-            label = entry["form"] or "plain"
+            label = entry["form"] or entry["dtype"]
             if entry["budget"]:
                 label += f", budget {entry['budget']}, reuse {entry['reuse']}"
             label += f", block {entry['block_size']}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from gpu_figures import Parts, Target, ceiling, entries, of_ideal, peers, speed_up, targets
 from gpu_figures_context import context_targets
 from gpu_layers import short
-from gpu_report_context import append_rows, attention_rows, engine_rows, tier_rows
+from gpu_report_context import append_rows, choice_rows, engine_rows, format_rows, tier_rows
 from gpu_rows import GIB, Row, aligned, number, over_best, percent, times
 from gpu_session import WHOLE_PART, Entry, Results, code_digest
 
@@ -204,7 +204,8 @@ TABLES: tuple[tuple[str, Callable[[Parts], list[Row]]], ...] = (
     ("ceilings", _ceiling_rows),
     ("decode attention of one layer", _decode_kernel_rows),
     ("prefill attention of one layer", _prefill_kernel_rows),
-    ("more context: decode attention of one layer", attention_rows),
+    ("more context: decode attention of one layer, all pages", format_rows),
+    ("more context: decode attention of one layer, chosen pages", choice_rows),
     ("more context: append of one layer", append_rows),
     ("more context: blocks to the host and back", tier_rows),
     ("more context: engine, decode of one sequence", engine_rows),

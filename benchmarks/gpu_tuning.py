@@ -74,10 +74,10 @@ REAL = Settings(
 )
 DRY_HEADS = HeadShape("gqa", num_q_heads=4, num_kv_heads=2, head_dim=16)
 DRY = Settings(
-    decode=DecodeShape(DRY_HEADS, 150, 1),
+    decode=DecodeShape(DRY_HEADS, 70, 1),
     prefill=PrefillShape(DRY_HEADS, 40, 8),
     kind=DRY_KIND,
-    decode_tiles=_grid(KEYS=(16, 32)),
+    decode_tiles=_grid(KEYS=(16,)),
     decode_splits=_grid(SPLIT_KEYS=(64,), PROGRAMS_PER_MULTIPROCESSOR=(2,)),
     prefill_tiles=_grid(ROWS=(32,), num_stages=(2,)),
 )

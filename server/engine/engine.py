@@ -39,7 +39,7 @@ from headlong.server.engine.scheduler import ScheduledChunk, Scheduler
 from headlong.server.engine.selection import SelectionRule
 from headlong.server.engine.sequence import Sequence
 from headlong.server.engine.status import EngineInfo, EngineStats
-from headlong.server.engine.tiers import check_folder, open_tiers
+from headlong.server.engine.tiers import OpenTiers, check_folder, open_tiers
 from headlong.server.engine.token_reports import TokenReporter
 from headlong.server.engine.token_scores import PagedForward
 from headlong.server.engine.warm_up import warm_up
@@ -87,10 +87,13 @@ class Engine:
                 "a model that is loaded already runs on one device", "tensor_parallel_size"
             )
         self.attention_backend: Literal["triton", "torch"] = choose_attention(config, device)
+        self._tiers: OpenTiers | None = None
         self._ranks = None if config.tensor_parallel_size == 1 else Ranks(config, on_rank_death)
         try:
             self._open(model)
         except BaseException:
+            if self._tiers is not None:
+                self._tiers.close()
             if self._ranks is not None:
                 self._ranks.close(by_force=True)
             raise

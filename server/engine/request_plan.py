@@ -123,8 +123,8 @@ class RequestPlanner:
         if needed > longest:
             raise InvalidRequestError(
                 f"with this kv_policy the cache holds {max(longest, 0)} tokens of a request, and "
-                f"it needs {needed}: ask for a narrower one, or start the server with "
-                "--kv-policy-tokens",
+                f"it needs {needed}: ask for a narrower one, or start the server with more memory, "
+                "or with --kv-policy-tokens if --arena-balance is fixed",
                 "kv_policy",
             )
         return longest

@@ -30,6 +30,9 @@ from headlong.server.engine.waiting import WaitingQueue
 MAX_TRIES = 8
 """Waiting sequences that a step looks at beyond those that it admits."""
 
+MAX_FETCHING = 64
+"""Waiting sequences that a step leaves aside because the disk is read for them."""
+
 MAX_PASSED = 64
 """Sequences that may be admitted past one for which there is no room."""
 
@@ -168,10 +171,14 @@ class Scheduler:
     def _decodes(self) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
         for sequence in [each for each in self._ready() if each.decoding]:
-            while sequence.cache is not None and self._room(sequence, 1) == 0:
+            while sequence.cache is not None:
+                if self._room(sequence, 1):
+                    chunks.append(self._take(sequence, sequence.cache, 1))
+                    break
+                if self.prefixes.loads:
+                    # Until what is loaded arrives, nobody's loss would free the blocks it goes to.
+                    break
                 self._preempt(self._victim(chunks))
-            if sequence.cache is not None:
-                chunks.append(self._take(sequence, sequence.cache, 1))
         return chunks
 
     def _admit(self) -> None:
@@ -183,7 +190,7 @@ class Scheduler:
         # That they wait for the disk makes nobody less important.
         fetching: list[Sequence] = []
         free_slots = self.max_num_seqs - sum(each.num_slots for each in self.running)
-        while free_slots and len(passed) < MAX_TRIES:
+        while free_slots and len(passed) < MAX_TRIES and len(fetching) < MAX_FETCHING:
             sequence = self.waiting.next([*passed, *fetching])
             if sequence is None:
                 return

@@ -52,6 +52,8 @@ def open_tiers(config: EngineConfig, arena: Arena) -> OpenTiers | None:
     try:
         buffer = PinnedBuffer(config.host_cache_bytes, pinned=arena.memory.device.type == "cuda")
     except MemoryError as error:
+        if disk is not None:
+            disk.close()
         raise ConfigError(f"host_cache_bytes: {error}", "host_cache_bytes") from error
     mover = make_mover(arena.memory, layout, buffer.memory)
     return OpenTiers(BlockTiers(layout, buffer.memory, mover, disk), buffer)

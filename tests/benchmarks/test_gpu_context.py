@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gpu_context
+import gpu_context_layers
 import gpu_host_tier
 import gpu_report
 import pytest
@@ -16,7 +17,16 @@ from gpu_figures_context import context_targets
 from gpu_fill import fill_pages
 from gpu_layers import Kind
 from gpu_models import DRY_SHAPE, Models
-from gpu_paged import DUO_ATTENTION, GQA, Chunk, Pages, all_heads, build_paged, even_labels
+from gpu_paged import (
+    DUO_ATTENTION,
+    GQA,
+    Chunk,
+    HeadShape,
+    Pages,
+    all_heads,
+    build_paged,
+    even_labels,
+)
 from gpu_session import Entry, Results, Session
 
 from headlong.cache.transfers import Move, ThreadMover
@@ -33,8 +43,8 @@ def session(folder: Path) -> Session:
 
 def attend(ms: float, read_bytes: float, cell: LayerCell) -> Entry:
     return {
-        "status": "ok", "kind": "attend", **cell.entry(), "method": "graph", "median_ms": ms,
-        "read_bytes": read_bytes, "bytes_per_s": 1e3 * read_bytes / ms,
+        "status": "ok", "kind": "attend", **cell.entry(), "dtype": "bfloat16", "method": "graph",
+        "median_ms": ms, "read_bytes": read_bytes, "bytes_per_s": 1e3 * read_bytes / ms,
     }  # fmt: skip
 
 
@@ -57,7 +67,7 @@ ENTRIES = (
     attend(0.14, 5e8, LayerCell(GQA, LONG)),
     attend(0.02, 2e7, LayerCell(GQA, LONG, budget=4096, reuse=4)),
     attend(0.024, 2e7, LayerCell(GQA, LONGER, budget=4096, reuse=4)),
-    {"status": "ok", "kind": "append", **LayerCell(GQA, LONG).entry(), "median_ms": 0.004},
+    attend(0.004, 0.0, LayerCell(GQA, LONG)) | {"kind": "append", "method": "launches"},
     engine(20.0, LONGER, "bf16"),
     engine(6.0, LONGER, "budget 4096"),
     engine(3.0, LONG, "budget 4096"),
@@ -93,7 +103,10 @@ def test_tables(tmp_path: Path) -> None:
     results.parts = PARTS
     rows = [" ".join(line.split()) for line in gpu_report.lines(results)]
     assert "1 x 1024k int4 100% 16 400.0 953.7 2.50 2.50x 62%" in rows
-    assert "1 x 128k plain 100% 16 4096 4 20.0 19.1 1.00 7.00x 28%" in rows
+    assert "1 x 128k bfloat16 100% 16 140.0 476.8 3.57" in rows
+    assert "1 x 128k bfloat16 100% 16 4096 4 20.0 19.1 140.0 7.00x" in rows
+    assert "1 x 1024k bfloat16 100% 16 4096 4 24.0 19.1 1000.0 41.67x 1.20x" in rows
+    assert "1 x 128k bfloat16 100% 16 no 4.0 (no graphs)" in rows
     assert "blocks of 16, int4 272 load 22.0 40%" in rows
     assert "Llama 1024k budget 4096 50% 6.00 3.33x 16.0 8.0" in rows
 
@@ -137,11 +150,18 @@ def test_bytes_of_quantised_and_chosen_pages(form: str | None, token_bytes: int)
     assert paged.choice_bytes(0, 4096) == 4 * (200 + 32 * 32) * 2 * 128 * 2
 
 
-def test_layers_under_a_budget_outgrow_the_l2() -> None:
-    kind = Kind(most_layers=8)
-    assert LayerCell(GQA, LONGER, budget=4096).num_layers(kind) == 8
-    assert LayerCell(GQA, LONGER).num_layers(kind) == 2
-    assert LayerCell(GQA, LONG, form="int4").num_layers(kind) * (136 << 20) >= kind.least_bytes
+@pytest.mark.parametrize("context", [LONG, LONGER])
+def test_layers_that_take_turns_outgrow_the_l2_and_fit_a_device(context: int) -> None:
+    kind, mib = gpu_context.REAL.kind, 1 << 20
+    plain = LayerCell(GQA, context, budget=4096)
+    int4 = LayerCell(GQA, context, form="int4", budget=4096)
+    assert plain.num_layers(kind) * 16 * mib >= 128 * mib
+    assert int4.num_layers(kind) * 4 * mib >= 120 * mib
+    assert LayerCell(GQA, LONG, form="int4").num_layers(kind) * 136 * mib >= kind.least_bytes
+    for cell in (*gpu_context.REAL.attention, *gpu_context.REAL.more_attention):
+        held = cell.num_layers(kind) * cell.batch * cell.context // cell.block_size
+        held *= GQA.num_kv_heads * cell.pages(kind).page("retrieval").page_bytes
+        assert held < 48 << 30
 
 
 def test_cells_have_names_of_their_own() -> None:
@@ -185,6 +205,43 @@ def test_weights_that_need_an_absent_package_are_skipped_and_said_so(
     entry = decode(work, models, DRY_SHAPE, cell, 1)
     assert entry["status"] == "skipped"
     assert "torchao" in entry["why"]
+
+
+def test_weights_in_eight_bits_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    work = session(tmp_path)
+    models = Models(replace(gpu_context.DRY.engine_kind, backend="torch"), work.device)
+    cell = EngineCell("int8 weights", 40, kv_cache_dtype="int4", quantization="int8wo")
+    entry = decode(work, models, DRY_SHAPE, cell, 1)
+    assert (entry["label"], entry["repeats"]) == ("int8 weights", 1)
+    assert models.has(DRY_SHAPE, "int8wo")
+    assert not models.has(DRY_SHAPE)
+
+
+def test_what_is_appended_begins_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[Chunk]] = []
+
+    def make(kind: Kind, heads: HeadShape, chunks: list[Chunk], **options: object) -> object:
+        made.append(chunks)
+        raise NotImplementedError
+
+    monkeypatch.setattr(gpu_context_layers, "PagedLayers", make)
+    for cell in gpu_context.REAL.appends:
+        with pytest.raises(NotImplementedError):
+            gpu_context_layers.append(session(tmp_path), gpu_context.REAL.kind, cell)
+        (*_, chunks) = made
+        assert len(chunks) == cell.batch
+        assert {chunk.cached % cell.block_size for chunk in chunks} == {0}
+
+
+def test_blocks_that_never_arrive_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = gpu_context.DRY.tiers
+    monkeypatch.setattr(ThreadMover, "wait", lambda self, timeout_s: None)
+    monkeypatch.setattr(ThreadMover, "finished", lambda self: [])
+    with pytest.raises(RuntimeError, match="no block arrived within 60 s"):
+        gpu_host_tier.tier(session(tmp_path), settings, settings.cells[0], "store")
 
 
 def test_an_engine_s_cache_holds_its_sequence_and_no_more(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ def test_equal_weights_have_one_fingerprint() -> None:
     assert weights_fingerprint(model()) != weights_fingerprint(model(1))
 
 
-def test_every_element_counts(monkeypatch) -> None:
+def test_every_element_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     # So that weights are cut into parts.
     monkeypatch.setattr(fingerprint, "PART_BYTES", 100)
     before = weights_fingerprint(model())
@@ -30,7 +31,7 @@ def test_every_element_counts(monkeypatch) -> None:
             assert weights_fingerprint(changed) != before, (name, index)
 
 
-def test_parts_that_change_places_are_seen(monkeypatch) -> None:
+def test_parts_that_change_places_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "PART_BYTES", 4)
     module = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
@@ -48,3 +49,21 @@ def test_shape_and_dtype_count() -> None:
     half = nn.Linear(4, 4, bias=False).half()
     nn.init.zeros_(half.weight)
     assert len({weights_fingerprint(each) for each in (plain, wide, half)}) == 3
+
+
+def test_codes_and_scales_of_quantised_weights_count() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def quantised() -> nn.Linear:
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 16, bias=False).bfloat16().requires_grad_(False)
+        config = quantization.Int8WeightOnlyConfig(set_inductor_config=False)
+        quantization.quantize_(layer, config)
+        return layer
+
+    before = weights_fingerprint(quantised())
+    assert weights_fingerprint(quantised()) == before
+    for part in ("qdata", "scale"):
+        changed = quantised()
+        getattr(changed.weight, part).view(-1)[-1].add_(1)
+        assert weights_fingerprint(changed) != before, part

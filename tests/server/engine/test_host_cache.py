@@ -261,6 +261,37 @@ def test_one_that_waits_for_loads_may_go(setting: Setting, preempts: bool) -> No
     assert engine.cache.owned_blocks == (0, 0)
 
 
+def test_nobody_loses_blocks_while_others_are_loaded(setting: Setting) -> None:
+    engine = setting.open(arena_balance="fixed")
+    run(engine, setting.prompts)
+    set_rates(engine, load=AT_ONCE, prefill=FOR_EVER)
+    engine.add_request(EngineRequest("4", setting.prompts[4], greedy()))
+    done: dict[str, list[int]] = {"4": [], "0": []}
+    while not done["4"]:
+        for output in engine.step():
+            done[output.request_id] += output.token_ids
+    gate = threading.Event()
+    mover(engine)._loading.submit(gate.wait)
+    engine.add_request(EngineRequest("0", setting.prompts[0], greedy()))
+    taken: list[list[int]] = []
+    for _ in range(40):
+        for output in engine.step():
+            done[output.request_id] += output.token_ids
+        if tiered(engine).loads and not taken:
+            # What else there is, somebody has.
+            taken = [pool.allocate(pool.num_free) for pool in engine.cache.pools]
+    assert len(done["4"]) < 12, "it found blocks all the same"
+    assert engine.scheduler.num_preemptions == 0
+    for pool, blocks in zip(engine.cache.pools, taken, strict=True):
+        pool.release(blocks)
+    gate.set()
+    while engine.has_work:
+        for output in engine.step():
+            done[output.request_id] += output.token_ids
+        engine.cache.check_integrity()
+    assert done == {"4": setting.answers[4], "0": setting.answers[0]}
+
+
 def test_shutdown_with_copies_on_their_way(setting: Setting) -> None:
     engine = setting.open()
     run(engine, setting.prompts)
@@ -393,6 +424,25 @@ def test_salts_stay_apart(setting: Setting) -> None:
     before = engine.stats().prefix_hits_total
     assert run(engine, setting.prompts, cache_salt="b") == setting.answers
     assert engine.stats().prefix_hits_total == before
+
+
+def test_a_start_that_fails_leaves_nothing_open(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = setting.open(disk_cache_dir=str(tmp_path))
+    run(first, setting.prompts)
+    rest(first)
+    first.close()
+
+    def fail(engine: Engine) -> None:
+        del engine
+        raise ConfigError("the first step failed")
+
+    monkeypatch.setattr("headlong.server.engine.engine.warm_up", fail)
+    with pytest.raises(ConfigError, match="first step failed"):
+        # A folder that may hold less is made smaller at once, on a thread.
+        setting.open(disk_cache_dir=str(tmp_path), disk_cache_bytes=10_000)
+    assert not any(thread.name.startswith("kv-") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,11 @@ PROMPTS = random_prompts((200, 1, 33, 150, 16, 80), VOCAB_SIZE)
 PARAMS = greedy(20)
 SAMPLED = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, ignore_eos=True)
 DIGITS = Structure("regex", "[0-9]{20}")
-# Llama as it is; Mistral with weights that each rank draws; Gemma 3 has one layer without a window
-# of its own, whose only retrieval head is on one of the ranks.
+# Llama has heads that choose pages on both ranks, and what is preempted decodes so again; Mistral
+# has weights that each rank draws; Gemma 3 has one layer without a window of its own, whose only
+# retrieval head is on one of the ranks.
 SETTINGS: dict[str, dict[str, object]] = {
-    "llama": {},
+    "llama": {"retrieval_budget": 64, "selection_reuse_steps": 4},
     "mistral": {"load_format": "dummy", "seed": 5},
     "gemma3": {"retrieval_budget": 64, "selection_reuse_steps": 4},
 }
@@ -75,7 +76,7 @@ def pair(
     # So little memory that a few sequences take blocks from each other.
     crowded = request.param == "llama"
     if crowded:
-        settings["kv_cache_memory_bytes"] = one.plan.full_sequence_bytes(160)
+        settings["kv_cache_memory_bytes"] = one.plan.full_sequence_bytes(180)
     died = threading.Event()
     deaths: list[HeadlongError] = []
 

@@ -130,7 +130,7 @@ def test_a_structure_that_cannot_be_compiled_leaves_nothing(
         (
             {"max_num_seqs": 1, "max_num_batched_tokens": 8, "arena_balance": "fixed"},
             KVPolicy(full=True),
-            "the cache holds .* tokens of a request, and it needs 108",
+            "of a request, and it needs 108: .* or with --kv-policy-tokens if --arena-balance is",
         ),
     ],
 )

@@ -10,7 +10,8 @@ from headlong.server.engine.engine import Engine
 from headlong.server.engine.outputs import RequestOutput
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
-from headlong.server.engine.scheduler import MAX_PASSED, SCORED_TOKENS
+from headlong.server.engine.scheduler import MAX_FETCHING, MAX_PASSED, SCORED_TOKENS
+from headlong.server.engine.sequence import Sequence
 from support.engines import build_engine, greedy, random_profile, random_prompts, run
 from support.tiny_models import VOCAB_SIZE
 
@@ -276,3 +277,24 @@ def test_completions_of_one_prompt_wait_until_all_of_them_may_run(
     outputs = finish(engine)
     assert first_tokens(outputs) == ["one", "three", "four"]
     assert engine.cache.owned_blocks == (0,) * len(engine.groups)
+
+
+def test_a_step_looks_at_few_of_those_that_wait_for_the_disk(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build()
+    asked: list[str] = []
+
+    def waits(sequence: Sequence) -> bool:
+        asked.append(sequence.request_id)
+        return True
+
+    monkeypatch.setattr(engine.scheduler.prefixes, "look_ahead", lambda waiting: None)
+    monkeypatch.setattr(engine.scheduler.prefixes, "awaits_disk", waits)
+    for index in range(2 * MAX_FETCHING):
+        add(engine, str(index), SHORT[0])
+    engine.step()
+    assert asked == [str(index) for index in range(MAX_FETCHING)]
+    monkeypatch.undo()
+    add(engine, "last", SHORT[1])
+    assert len(first_tokens(finish(engine))) == 2 * MAX_FETCHING + 1
