@@ -178,6 +178,11 @@ class EngineConfig:
                 name,
                 "left out without retrieval_budget",
             )
+        check(
+            similarity is None or self.selection_reuse_steps > 1,
+            "selection_min_similarity",
+            "left out while selection_reuse_steps is 1",
+        )
         check(self.host_cache_bytes >= 0, "host_cache_bytes", "0 or more")
         check(self.disk_cache_bytes > 0, "disk_cache_bytes", "over 0")
         check(

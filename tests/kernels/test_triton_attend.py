@@ -20,8 +20,18 @@ SHORT = ((0, 1), (40, 9), (70, 1), (0, 18))
 ONE_LAYER = {"retrieval": ((True, False),)}
 
 
-@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize(
+    ("dtype", "block_size"),
+    [
+        (torch.float32, 8),
+        (torch.float16, 8),
+        (torch.float32, 16),
+        (torch.bfloat16, 16),
+        (torch.float16, 32),
+        (torch.float32, 64),
+        (torch.bfloat16, 128),
+    ],
+)
 def test_dtypes_and_block_sizes(dtype: torch.dtype, block_size: int) -> None:
     check(build_case(geometry(dtype=dtype, block_size=block_size), LENGTHS, seed=1))
 

@@ -86,6 +86,7 @@ def test_the_pages_that_heads_choose_are_counted(
         tiny_model("gemma3"),
         block_size=8,
         retrieval_budget=100,
+        selection_reuse_steps=4,
         selection_min_similarity=similarity,
         max_num_seqs=5,
     )
