@@ -7,6 +7,7 @@ MAX_SPILL_BYTES or needs more shared memory than its GPU gives a program.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from headlong.kernels.triton_decode import decode_variant
 from headlong.kernels.triton_merge import merge_variant
 from headlong.kernels.triton_prefill import prefill_variant
 from headlong.kernels.triton_sums import sums_variant
-from headlong.kernels.triton_variant import DTYPES, HEAD_DIMS, Variant
+from headlong.kernels.triton_variant import HEAD_DIMS, Variant
 
 MAX_SPILL_BYTES = 64
 
@@ -40,7 +42,24 @@ SHARED_BYTES = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
 # Sets of one format.
 PLAIN, INT8, FP8, INT4 = (1 << number for number in range(len(FORMAT_NAMES)))
 
-QUANTISED_HEAD_DIMS = (64, 80, 128, 256)
+PLAIN_HEADS = (
+    *product((torch.bfloat16,), HEAD_DIMS),
+    *product((torch.float32,), (16, 32, 64, 128, 256)),
+    (torch.float16, 128),
+)
+"""Dtypes and sizes of heads of plain pages: each size, and each size of tile."""
+
+QUANTISED_HEADS = {
+    INT8: ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256)),
+    FP8: ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 128)),
+    INT4: (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 80),
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+    ),
+}
+"""Likewise of quantised pages: as many sizes of tile, an odd size, and fp8 for each dtype."""
 
 WARP_SIZE = 32
 
@@ -70,77 +89,100 @@ class Resources:
 
 
 def all_variants(capability: tuple[int, int]) -> Iterator[Variant]:
-    """Everything that the launchers can choose where pages are plain, and what stands for the rest.
+    """What stands for all that launchers can choose: each path, each size of tile, each head size.
 
-    Of quantised pages: each format for a small, a large, an odd and the usual size of head, two
-    sets of formats, and capped logits with these.
-    Of decodes over chosen pages: fewer of these, as they differ by one address.
+    Of quantised pages a few sizes of heads. Of capped logits, sets of two formats, chosen pages and
+    compensation the usual size, and what takes most registers.
     """
     for spans in (False, True):
         yield choose_variant(spans=spans)
-    for dtype in DTYPES:
-        for head_dim in HEAD_DIMS:
-            yield merge_variant(dtype, head_dim)
-            yield drift_variant(dtype, head_dim)
-            for spans in (False, True):
-                yield score_variant(dtype, head_dim, spans=spans)
-            yield from _variants(dtype, head_dim, PLAIN, capability)
-    for formats in (INT8, FP8, INT4):
-        for head_dim in QUANTISED_HEAD_DIMS:
-            yield from _variants(torch.bfloat16, head_dim, formats, capability, (False,))
-        yield from _variants(torch.float16, 128, formats, capability, (False,))
+    for dtype, head_dim in PLAIN_HEADS:
+        yield append_variant(dtype, head_dim, PLAIN)
+        yield merge_variant(dtype, head_dim)
+        yield drift_variant(dtype, head_dim)
+        for spans in (False, True):
+            yield score_variant(dtype, head_dim, spans=spans)
+        yield from _attention(dtype, head_dim, PLAIN, capability)
+    for formats, heads in QUANTISED_HEADS.items():
+        for dtype, head_dim in heads:
+            yield append_variant(dtype, head_dim, formats)
+            yield from _attention(dtype, head_dim, formats, capability)
     for formats in (PLAIN | INT4, INT8 | INT4):
-        yield from _variants(torch.bfloat16, 128, formats, capability)
+        yield append_variant(torch.bfloat16, 128, formats)
+        yield from _attention(torch.bfloat16, 128, formats, capability)
+    for dtype, head_dim in ((torch.float32, 128), (torch.bfloat16, 128), (torch.bfloat16, 256)):
+        yield from _attention(dtype, head_dim, PLAIN, capability, softcap=True)
     yield from _summary_variants(capability)
+    yield from _choosing_variants(capability)
     yield from _compensated_variants(capability)
 
 
-def _variants(
+def _attention(
     dtype: torch.dtype,
     head_dim: int,
     formats: int,
     capability: tuple[int, int],
-    softcaps: tuple[bool, ...] = (False, True),
+    *,
+    softcap: bool = False,
+    compensated: int = 0,
 ) -> Iterator[Variant]:
-    yield append_variant(dtype, head_dim, formats)
-    if head_dim == 128 or (formats == PLAIN and head_dim in QUANTISED_HEAD_DIMS):
-        yield decode_variant(
-            dtype, head_dim, softcap=False, formats=formats, capability=capability, chooses=True
-        )
-    for softcap in softcaps:
-        yield decode_variant(
-            dtype, head_dim, softcap=softcap, formats=formats, capability=capability
-        )
-        yield prefill_variant(
-            dtype, head_dim, softcap=softcap, formats=formats, capability=capability
+    for make in (decode_variant, prefill_variant):
+        yield make(
+            dtype,
+            head_dim,
+            softcap=softcap,
+            formats=formats,
+            capability=capability,
+            compensated=compensated,
         )
 
 
 def _summary_variants(capability: tuple[int, int]) -> Iterator[Variant]:
-    plain = list(product(DTYPES, QUANTISED_HEAD_DIMS, (0,)))
-    quantised = list(product((torch.bfloat16,), (80, 128), range(1, len(FORMAT_NAMES))))
-    for dtype, head_dim, form in plain + quantised:
+    for dtype, head_dim, form in (
+        *((torch.bfloat16, head_dim, 0) for head_dim in (16, 64, 80, 128, 256)),
+        (torch.float32, 256, 0),
+        (torch.float16, 128, 0),
+        *((torch.bfloat16, 128, form) for form in range(1, len(FORMAT_NAMES))),
+        (torch.bfloat16, 80, FORMAT_NAMES.index("int4")),
+    ):
         yield bounds_variant(dtype, head_dim, form, capability)
         yield sums_variant(dtype, head_dim, form, capability)
 
 
-def _compensated_variants(capability: tuple[int, int]) -> Iterator[Variant]:
-    for dtype, head_dim, formats, compensated, softcap in (
-        (torch.float16, 128, PLAIN, PLAIN, False),
-        (torch.bfloat16, 64, PLAIN, PLAIN, False),
-        (torch.bfloat16, 128, PLAIN, PLAIN, True),
-        (torch.bfloat16, 128, PLAIN | INT4, PLAIN, False),
-        (torch.bfloat16, 128, INT8, INT8, False),
+def _choosing_variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    """Only decodes choose; they differ from others by one address."""
+    for formats, compensated in (
+        (PLAIN, 0),
+        (INT8, 0),
+        (FP8, 0),
+        (INT4, 0),
+        (PLAIN | INT4, 0),
+        (INT8 | INT4, 0),
+        (FP8 | INT4, 0),
+        (PLAIN | INT4, PLAIN),
+        (INT8 | INT4, INT8),
     ):
-        for make in (decode_variant, prefill_variant):
-            yield make(
-                dtype,
-                head_dim,
-                softcap=softcap,
-                formats=formats,
-                capability=capability,
-                compensated=compensated,
-            )
+        yield decode_variant(
+            torch.bfloat16,
+            128,
+            softcap=False,
+            formats=formats,
+            capability=capability,
+            chooses=True,
+            compensated=compensated,
+        )
+
+
+def _compensated_variants(capability: tuple[int, int]) -> Iterator[Variant]:
+    for head_dim, formats, compensated, softcap in (
+        (64, PLAIN, PLAIN, False),
+        (128, PLAIN, PLAIN, True),
+        (128, INT8, INT8, False),
+        (128, PLAIN | INT4, PLAIN, False),
+    ):
+        yield from _attention(
+            torch.bfloat16, head_dim, formats, capability, softcap=softcap, compensated=compensated
+        )
 
 
 def compile_variant(variant: Variant, capability: tuple[int, int]) -> Resources:
@@ -220,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", default="", help="variants whose names contain this")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)"
+    )
     options = parser.parse_args(arguments)
     work = [
         (capability, index)
@@ -230,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     print(f"arch   {'variant':<36} warps stages registers spilled   shared")
     bad = 0
-    with ProcessPoolExecutor(options.jobs) as pool:
+    # PyTorch's threads do not live through a fork.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for line, good in pool.map(_check, *zip(*work, strict=True)):
             print(line, flush=True)
             bad += not good

@@ -34,7 +34,7 @@ from headlong.kernels.triton_pages import (
 )
 from headlong.kernels.triton_plan import KEY_ALIGNMENT, SPLIT_KEYS
 from headlong.kernels.triton_split import attend_split
-from headlong.kernels.triton_tiles import is_mixed
+from headlong.kernels.triton_tiles import PLAIN_ONLY
 from headlong.kernels.triton_variant import (
     TRITON_DTYPES,
     Variant,
@@ -206,8 +206,9 @@ def decode_variant(
 ) -> Variant:
     """The form of the decode kernel for a cache's dtype, head size and formats, and a device."""
     dim, kind = padded_dim(head_dim), f"*{TRITON_DTYPES[dtype]}"
-    # What codes are turned into takes registers, and so do loops of several formats.
-    code_elements = 1 << 11 if is_mixed(formats) else 1 << 12
+    # What codes are turned into takes registers, which the loops of several formats share.
+    several = (formats & ~PLAIN_ONLY).bit_count() > 1
+    code_elements = 1 << (11 if several else 12)
     return Variant(
         name=f"decode {TRITON_DTYPES[dtype]} {head_dim}{describe_formats(formats)}"
         f"{' softcap' if softcap else ''}{' choosing' if chooses else ''}"

@@ -45,16 +45,11 @@ def choose_tiles(
         if formats == PLAIN_ONLY:
             return tiles
         # The loops of several formats share registers.
-        code_keys = tiles.code_keys // 2 if is_mixed(formats) else tiles.code_keys
+        code_keys = tiles.code_keys // 2 if formats.bit_count() > 1 else tiles.code_keys
         return tiles._replace(keys=tiles.code_keys, code_keys=code_keys)
     if softcap and dim == 256:
         return Tiles(128, 16, 16, 8, 3)
     return _HOPPER[dim]
-
-
-def is_mixed(formats: int) -> bool:
-    """Whether a set of formats has several."""
-    return formats.bit_count() > 1
 
 
 _FLOAT32 = {

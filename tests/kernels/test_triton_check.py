@@ -6,11 +6,15 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from support.triton import INTERPRETED
+
+if TYPE_CHECKING:
+    from headlong.kernels.triton_variant import Variant
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package"),
@@ -26,47 +30,85 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_of_plain_pages_all_that_launchers_choose(capability: tuple[int, int]) -> None:
+def _names(capability: tuple[int, int]) -> set[str]:
     from headlong.kernels.triton_check import all_variants
-    from headlong.kernels.triton_variant import DTYPES, HEAD_DIMS, TRITON_DTYPES
 
     names = [variant.name for variant in all_variants(capability)]
     assert len(set(names)) == len(names)
-    kernels = ["append", "merge", "decode", "prefill"]
-    expected = {
-        f"{kernel} {TRITON_DTYPES[dtype]} {head_dim}{softcap}"
-        for kernel, dtype, head_dim in product(kernels, DTYPES, HEAD_DIMS)
-        for softcap in (("", " softcap") if kernel in ("decode", "prefill") else ("",))
+    return set(names)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_head_size_of_plain_pages(capability: tuple[int, int]) -> None:
+    from headlong.kernels.triton_variant import HEAD_DIMS
+
+    kernels = ["append", "merge", "decode", "prefill", "drift"]
+    heads = [*(f"bf16 {head_dim}" for head_dim in HEAD_DIMS), "fp16 128", "fp32 128"]
+    names = _names(capability)
+    assert {f"{kernel} {head}" for kernel, head in product(kernels, heads)} <= names
+    assert {f"score {head} {of}" for head, of in product(heads, ["spans", "pages"])} <= names
+    capped = {f"{kernel} {head} softcap" for kernel in ("decode", "prefill") for head in heads[-1:]}
+    assert capped | {"prefill bf16 128 softcap", "prefill bf16 256 softcap"} <= names
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_size_of_tile_of_plain_pages(capability: tuple[int, int]) -> None:
+    from headlong.kernels.triton_check import all_variants
+    from headlong.kernels.triton_decode import decode_variant
+    from headlong.kernels.triton_prefill import prefill_variant
+    from headlong.kernels.triton_variant import DTYPES, HEAD_DIMS
+
+    def sizes(variant: "Variant") -> tuple[object, ...]:
+        """Float16 and bfloat16 are as large."""
+        tile = (variant.constants[name] for name in ("DIM", "ROWS", "KEYS", "ITEMSIZE"))
+        return (variant.kernel, *tile, variant.num_warps, variant.num_stages)
+
+    compiled = {
+        sizes(variant)
+        for variant in all_variants(capability)
+        if variant.constants.get("FORMATS") == 1 and "KEYS" in variant.constants
     }
-    assert expected <= set(names)
+    for make, dtype, head_dim in product((decode_variant, prefill_variant), DTYPES, HEAD_DIMS):
+        variant = make(dtype, head_dim, softcap=False, formats=1, capability=capability)
+        assert sizes(variant) in compiled, variant.name
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_format_and_sets_of_them(capability: tuple[int, int]) -> None:
-    from headlong.kernels.triton_check import all_variants
-
-    names = {variant.name for variant in all_variants(capability)}
-    kernels, formats = ["append", "decode", "prefill"], ["int8", "fp8", "int4"]
-    heads = [*product(["bf16"], [64, 80, 128, 256]), ("fp16", 128)]
-    for kernel, name, (dtype, head_dim) in product(kernels, formats, heads):
-        assert f"{kernel} {dtype} {head_dim} {name}" in names
-    for kernel, name in product(kernels, ["none+int4", "int8+int4"]):
-        assert f"{kernel} bf16 128 {name}" in names
-        assert kernel == "append" or f"{kernel} bf16 128 {name} softcap" in names
+    names = _names(capability)
+    for kernel, formats in product(
+        ["append", "decode", "prefill"],
+        ["64 int8", "64 fp8", "64 int4", "80 int4", "128 int8", "128 fp8", "128 int4", "256 int4"],
+    ):
+        assert f"{kernel} bf16 {formats}" in names
+    for kernel, formats in product(
+        ["append", "decode", "prefill"],
+        ["fp16 128 fp8", "bf16 128 none+int4", "bf16 128 int8+int4"],
+    ):
+        assert f"{kernel} {formats}" in names
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_all_that_chooses_pages(capability: tuple[int, int]) -> None:
-    from headlong.kernels.triton_check import all_variants
-    from headlong.kernels.triton_variant import DTYPES, HEAD_DIMS, TRITON_DTYPES
-
-    names = {variant.name for variant in all_variants(capability)}
-    for dtype, head_dim in product(DTYPES, HEAD_DIMS):
-        heads = f"{TRITON_DTYPES[dtype]} {head_dim}"
-        assert {f"drift {heads}", f"score {heads} spans", f"score {heads} pages"} <= names
+def test_all_that_chooses_pages_or_compensates(capability: tuple[int, int]) -> None:
+    names = _names(capability)
     assert {"choose spans", "choose pages", "decode bf16 128 choosing"} <= names
-    assert {f"decode fp16 128 {form} choosing" for form in ("int8", "fp8", "int4")} <= names
+    for formats in ("int8", "fp8", "int4", "none+int4", "int8+int4", "fp8+int4"):
+        assert f"decode bf16 128 {formats} choosing" in names
+    assert "decode bf16 128 none+int4 choosing compensated" in names
+    assert "decode bf16 128 int8+int4 choosing compensated int8" in names
+    for kernel, formats in product(
+        ["decode", "prefill"], ["64", "128 softcap", "128 none+int4", "128 int8"]
+    ):
+        sums = "compensated int8" if formats == "128 int8" else "compensated"
+        assert f"{kernel} bf16 {formats} {sums}" in names
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_bounds_and_sums_of_every_dtype_and_format(capability: tuple[int, int]) -> None:
+    names = _names(capability)
+    heads = ["bf16 16", "bf16 64", "bf16 80", "bf16 128", "bf16 256", "fp16 128", "fp32 256"]
+    coded = ["bf16 128 int8", "bf16 128 fp8", "bf16 128 int4", "bf16 80 int4"]
+    assert {f"{kernel} {of}" for kernel in ("bounds", "sums") for of in heads + coded} <= names
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -159,7 +201,7 @@ def test_the_command_fails_for_a_bad_variant(
     from headlong.kernels import triton_check
 
     class Pool:
-        def __init__(self, jobs: int) -> None:
+        def __init__(self, jobs: int, mp_context: object) -> None:
             self.map = map
 
         def __enter__(self) -> "Pool":
