@@ -139,18 +139,21 @@ def read_block(folder: Path, shape: BlockShape, key: bytes, into: memoryview) ->
         What is wrong with the file; None if it is whole, and the block's.
     """
     path = file_path(folder, shape.group, key)
+    expected = shape.header(key)
     try:
-        with os.fdopen(os.open(path, _READING), "rb", buffering=0) as file:
-            header = file.read(HEADER_BYTES)
+        descriptor = os.open(path, _READING)
+        try:
+            header = os.read(descriptor, HEADER_BYTES)
             if len(header) < HEADER_BYTES:
                 return "it is too short"
-            expected = shape.header(key)
             if header[: _HEADER.size] != expected:
                 return "its header is another block's or another version's"
-            if not _read_all(file.fileno(), into):
+            if not _read_all(descriptor, into):
                 return "it is too short"
-            if os.read(file.fileno(), 1):
+            if os.read(descriptor, 1):
                 return "it is too long"
+        finally:
+            os.close(descriptor)
     except OSError as error:
         return error.strerror or type(error).__name__
     if header[_HEADER.size :] != _checksum(expected, into):

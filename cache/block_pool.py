@@ -213,10 +213,13 @@ class BlockPool:
         del queue[block]
 
     @property
+    def _too_many_passed(self) -> bool:
+        return len(self._passed) * PASSED_SHARE > self.num_blocks
+
+    @property
     def _evicts_passed(self) -> bool:
         """Whether the next block to evict is a passed one."""
-        too_many = len(self._passed) * PASSED_SHARE > self.num_blocks
-        return too_many or not self._kept
+        return self._too_many_passed or not self._kept
 
     def _evict(self) -> int:
         """Forget the cached block that is to go first."""

@@ -234,7 +234,7 @@ class DiskTier:
         self._warn(f"a block is computed again, its file is gone: {read.problem}")
 
     def _warn(self, text: str) -> None:
-        """Log something once: a disk that is full says so for every block."""
+        """Log something once: a disk that is full, or read-only, says so for every block."""
         if text not in self._warned:
             self._warned.add(text)
             logger.warning("disk cache %s: %s", self._folder, text)
@@ -250,11 +250,10 @@ class DiskTier:
 
     def _remove(self, name: Name) -> None:
         self.held_bytes -= self._sizes.pop(name)
-        self._writer.submit(_unlink, file_path(self._folder, *name))
+        self._writer.submit(self._unlink, file_path(self._folder, *name))
 
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("disk cache: %s cannot be removed: %s", path, error.strerror)
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(f"a file cannot be removed: {error.strerror}")

@@ -76,11 +76,6 @@ class GroupSlabs:
         """Fewest slabs that would hold its owned blocks."""
         return -(-self.num_owned // self.size)
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of all its slabs."""
-        return len(self._slabs) * self.size
-
     def blocks_of(self, slab: int) -> range:
         """The blocks that a slab lends."""
         first = self._layout.first_of_slab(self.index, slab)

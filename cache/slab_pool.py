@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 
-from headlong.cache.block_pool import PASSED_SHARE, BlockPool
+from headlong.cache.block_pool import BlockPool
 from headlong.cache.slabs import Slabs
 
 EVICTED_AT_ONCE = 16
@@ -15,6 +15,8 @@ class SlabPool(BlockPool):
     """As `BlockPool`, with blocks of slabs that the group takes and gives back.
 
     Ids are those of blocks all over the arena; what is not in one of its slabs is nobody's here.
+    The passed may be a quarter of all these, and not of what the group happens to have: one that
+    lost slabs would else forget the windows that prefixes are found by, and lose more.
 
     Args:
         slabs: All slabs.
@@ -93,14 +95,6 @@ class SlabPool(BlockPool):
         if block in self._was_found:
             self._was_found.remove(block)
             self._was_found.add(place)
-
-    @property
-    def _too_many_passed(self) -> bool:
-        return len(self._passed) * PASSED_SHARE > self._own.num_blocks
-
-    @property
-    def _evicts_passed(self) -> bool:
-        return bool(self._passed) and (self._too_many_passed or not self._kept)
 
     def _free_blocks(self) -> Iterable[int]:
         return self._own.free_blocks()

@@ -153,7 +153,7 @@ def test_what_nobody_finished_goes_when_it_is_old(tmp_path: Path) -> None:
     for name in (new, old, *others):
         (folder / name).touch()
         if name != new:
-            os.utime(folder / name, (now - STALE_S - 1,) * 2)
+            os.utime(folder / name, (now - STALE_S - 1, now - STALE_S - 1))
     (tmp_path / "README").touch()
     assert [each.key for each in scan_blocks(tmp_path, now)] == [KEYS[0]]
     assert not (folder / old).exists()
@@ -169,10 +169,13 @@ def test_what_is_no_file_is_a_miss(tier: DiskTier, tmp_path: Path) -> None:
     paths[1].unlink()
     # Whoever opens it plainly waits for another to write.
     os.mkfifo(paths[1])
+    # With another who could write it is empty, and has no end.
+    other = os.open(paths[1], os.O_RDWR)
     paths[2].unlink()
     paths[2].mkdir()
     assert not list(scan_blocks(tmp_path, time.time()))
     assert [read(tier, index) for index in range(3)] == [None] * 3
+    os.close(other)
     assert kept.exists()
     assert not any(tier.has(0, key) for key in KEYS)
 
@@ -188,6 +191,31 @@ def test_a_disk_that_fails_is_said_once(
     assert tier.num_unwritten == 5
     assert not any(tier.has(0, key) for key in KEYS)
     assert [record.message.count("No space left") for record in caplog.records] == [1]
+
+
+def test_files_that_cannot_be_removed_are_said_once(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*args: object, **named: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    fill(tier, range(10))
+    monkeypatch.setattr(Path, "unlink", read_only)
+    fill(tier, range(10, 13))
+    monkeypatch.undo()
+    assert [index for index in range(13) if tier.has(0, KEYS[index])] == [*range(3, 13)]
+    assert [record.message.count("Read-only") for record in caplog.records] == [1]
+
+
+def test_a_folder_that_vanishes_is_a_miss(tier: DiskTier, tmp_path: Path) -> None:
+    fill(tier, range(3))
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    assert read(tier, 0) is None
+    fill(tier, range(5, 7))
+    assert (tier.num_unreadable, tier.num_unwritten) == (1, 2)
+    assert tier.held_bytes == 2 * FILE_BYTES
+    tmp_path.with_name("elsewhere").rename(tmp_path)
+    assert read(tier, 1) == bytes(payload(1))
 
 
 def test_forgetting_leaves_no_file(tier: DiskTier, tmp_path: Path) -> None:

@@ -150,6 +150,27 @@ def test_passed_blocks_of_another_group_go_first() -> None:
     assert cache.cached_blocks == (4, 0, 0)
 
 
+def test_what_may_be_passed_does_not_shrink_with_the_group() -> None:
+    cache = build(num_slabs=4)
+    cache.pools[0].allocate(12)
+    keyed(cache, 1, b"kept", b"kept too")
+    pool = cache.pools[1]
+    (block,) = pool.allocate(1)
+    pool.publish(block, b"passed")
+    pool.release([block], passed=True)
+    (block,) = pool.allocate(1)
+    pool.publish(block, b"passed too")
+    pool.release([block], passed=True)
+    # Half of what the group has is passed, and an eighth of what it could have.
+    pool.allocate(1)
+    assert [pool.find(key) is None for key in (b"kept", b"passed", b"passed too")] == [
+        True,
+        False,
+        False,
+    ]
+    cache.pools[0].check_integrity(range(12))
+
+
 def test_scattered_blocks_make_way_and_keep_what_they_hold() -> None:
     memory: ByteMemory[str]
     moves: list[BlockCopy] = []
