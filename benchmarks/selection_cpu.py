@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -37,6 +38,9 @@ from headlong.server.engine.engine import Engine
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
 NUM_LAYERS, NUM_KV_HEADS = 4, 8
 
@@ -194,6 +198,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded a round (default 32)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default 2)")
     parser.add_argument("--block-size", type=int, default=16, help="tokens a page (default 16)")
+    parser.add_argument("--plot", type=Path, help="where a picture of the curve goes")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -214,6 +219,8 @@ def main() -> None:
         for side in sides.values():
             side.close()
     report(found, options)
+    if options.plot is not None:
+        draw(found, options)
 
 
 def report(found: dict[tuple[str, int], Measured], options: argparse.Namespace) -> None:
@@ -273,6 +280,22 @@ def report(found: dict[tuple[str, int], Measured], options: argparse.Namespace) 
             }
         )
     )
+
+
+def draw(found: dict[tuple[str, int], Measured], options: argparse.Namespace) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    names = {"dense": "every page", "budget": f"a budget of {options.budget} tokens"}
+    for (side, name), marker in zip(names.items(), "os", strict=True):
+        times = [1e3 * statistics.median(found[side, each].step_s) for each in options.contexts]
+        axes.plot(options.contexts, times, marker=marker, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(options.contexts, [f"{each:,}" for each in options.contexts])
+    axes.set(xlabel="tokens of context", ylabel="ms a token", title="Decode of one sequence, CPU")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    figure.savefig(options.plot, dpi=150)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,11 @@ class EngineSettings(BaseSettings):
     ] = None
     arena_balance: Annotated[
         ArenaBalance | None,
-        Flag("slabs shares memory among head groups as they need it, fixed at start.", _CACHE),
+        Flag(
+            "slabs: head groups share the KV cache as they need it; fixed: each has its share from "
+            "the start, as several ranks always have.",
+            _CACHE,
+        ),
     ] = None
     host_cache_bytes: Annotated[
         int | None,
@@ -177,7 +181,7 @@ class EngineSettings(BaseSettings):
     ] = None
     compensation_from_layer: Annotated[
         int | None,
-        Flag("First layer, counted from 0, whose streaming heads do.", _COMPRESSION),
+        Flag("First layer, counted from 0, with --compensation.", _COMPRESSION),
     ] = None
     retrieval_budget: Annotated[
         int | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 import typer
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings
+from rich.markup import escape
 
 from headlong.server.config_sources import flag_name
 from headlong.server.engine.engine_config import UNBOUNDED, EngineConfig
@@ -95,7 +96,8 @@ def option(settings: type[BaseSettings], name: str) -> Any:
     # What is off by default is only ever switched on: two names for it crowd the help.
     if default_of(settings, name) is True:
         declaration += f"/--no-{declaration.removeprefix('--')}"
-    text = flag.help
+    # Brackets are no markup.
+    text = escape(flag.help)
     if said := flag.default or _said(default_of(settings, name)):
         text += f" Default: {said}."
     return typer.Option(

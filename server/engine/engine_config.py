@@ -17,6 +17,8 @@ ArenaBalance = Literal["slabs", "fixed"]
 UNBOUNDED = 2**31 - 1
 """The kernels' window of a head that keeps everything, stated again for the same reason."""
 
+DISK_CACHE_BYTES = 64 << 30
+"""Most bytes of files when nothing is said."""
 
 MIN_BUDGET_BLOCKS = 8
 """Fewest blocks of a retrieval budget: the first, the newest, and some to choose."""
@@ -114,7 +116,7 @@ class EngineConfig:
     arena_balance: ArenaBalance = "slabs"
     host_cache_bytes: int = 0
     disk_cache_dir: str | None = None
-    disk_cache_bytes: int = 64 << 30
+    disk_cache_bytes: int = DISK_CACHE_BYTES
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
@@ -185,6 +187,11 @@ class EngineConfig:
         )
         check(self.host_cache_bytes >= 0, "host_cache_bytes", "0 or more")
         check(self.disk_cache_bytes > 0, "disk_cache_bytes", "over 0")
+        check(
+            self.disk_cache_bytes == DISK_CACHE_BYTES or self.disk_cache_dir is not None,
+            "disk_cache_bytes",
+            "left out without disk_cache_dir",
+        )
         check(
             self.disk_cache_dir is None or self.host_cache_bytes > 0,
             "disk_cache_dir",

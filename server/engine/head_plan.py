@@ -9,6 +9,7 @@ from headlong.profiling.formats import load_head_profile
 from headlong.profiling.model_identity import ModelIdentity
 from headlong.server.engine.engine_config import EngineConfig
 from headlong.server.engine.fingerprint import model_fingerprint
+from headlong.server.engine.kv_cache_dtype import read_kv_cache_dtype
 from headlong.server.engine.model import LoadedModel, ModelGeometry, ProbedModel
 from headlong.server.errors import ConfigError
 
@@ -24,9 +25,11 @@ def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...
         The head groups.
 
     Raises:
-        ConfigError: The profile cannot be read or is another model's.
+        ConfigError: The profile cannot be read or is another model's, or a setting is of heads that
+            the model does not have.
     """
     geometry = model.geometry
+    _check_kinds(config, geometry)
     if config.profile is None:
         if config.compensation == "on":
             raise ConfigError(
@@ -53,6 +56,27 @@ def plan_heads(config: EngineConfig, model: ProbedModel) -> tuple[HeadGroup, ...
             "compensation_from_layer",
         )
     return build_head_groups(profile_labels, streaming, geometry.native_windows)
+
+
+def _check_kinds(config: EngineConfig, geometry: ModelGeometry) -> None:
+    """Refuse a format for heads of a kind that there are none of.
+
+    Raises:
+        ConfigError: One is named.
+    """
+    if "=" not in config.kv_cache_dtype:
+        return
+    named = read_kv_cache_dtype(config.kv_cache_dtype)
+    if named["streaming"] != "auto" and config.profile is None:
+        raise ConfigError(
+            "kv_cache_dtype names streaming heads, but without a profile there are none",
+            "kv_cache_dtype",
+        )
+    if named["sliding"] != "auto" and not any(geometry.native_windows):
+        raise ConfigError(
+            "kv_cache_dtype names sliding heads, but no layer has a window of its own",
+            "kv_cache_dtype",
+        )
 
 
 def check_compensation(config: EngineConfig, window_size: int) -> None:

@@ -17,7 +17,6 @@ from headlong.server.engine.sampling_params import SamplingParams
 from support.engines import SINK_SIZE, WINDOW_SIZE, crowded_engines, random_profile
 from support.tiny_models import VOCAB_SIZE
 
-NUM_REQUESTS = 400
 MAX_MODEL_LEN = 200
 
 MORE_CONTEXT: Mapping[str, object] = {
@@ -27,6 +26,7 @@ MORE_CONTEXT: Mapping[str, object] = {
     "compensation": "on",
     "retrieval_budget": 64,
     "selection_reuse_steps": 4,
+    "quantization": "int8wo",
 }
 HOST_CACHE_BYTES = 256 << 10
 
@@ -158,28 +158,31 @@ def send_all(
 
 
 @pytest.mark.parametrize(
-    ("features", "own"),
-    [({}, {}), (MORE_CONTEXT, {"host_cache_bytes": HOST_CACHE_BYTES})],
+    ("num_requests", "features"),
+    [(400, {}), (1000, MORE_CONTEXT)],
     ids=["plain", "more-context"],
 )
 def test_storm(
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    num_requests: int,
     features: Mapping[str, object],
-    own: Mapping[str, object],
 ) -> None:
     # Where a length was left open next to nothing is reserved, so that blocks do run out.
     monkeypatch.setattr(sequence_module, "UNASKED_COMPLETION_TOKENS", 1)
     folder = tiny_model("qwen3")
     profile = random_profile(folder, tmp_path / "p.json", seed=1)
+    own: dict[str, object] = {}
+    if features:
+        own = {"host_cache_bytes": HOST_CACHE_BYTES, "disk_cache_dir": str(tmp_path / "blocks")}
     roomy, small = crowded_engines(
         folder, profile, MAX_MODEL_LEN, features, max_num_batched_tokens=40, **own
     )
     rng = random.Random(7)
     prompt = random_prompts(rng)
     requests = {
-        str(index): random_request(str(index), prompt(), rng) for index in range(NUM_REQUESTS)
+        str(index): random_request(str(index), prompt(), rng) for index in range(num_requests)
     }
     if features:
         requests = {name: with_logprobs(request) for name, request in requests.items()}
@@ -191,7 +194,7 @@ def test_storm(
     assert stats.prefix_hits_total > 0
     assert stats.prefix_misses_total["salt"] > 0
     assert (stats.tiers.loaded_tokens + stats.tiers.recomputed_tokens > 0) == bool(own)
-    assert len(complete) > NUM_REQUESTS // 2
+    assert len(complete) > num_requests // 2
     differ: list[str] = []
     for name in sorted(complete):
         for index, alone in serve_alone(roomy, requests[name]).items():

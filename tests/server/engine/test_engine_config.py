@@ -33,6 +33,7 @@ from headlong.server.errors import ConfigError
             "in -1 to 1",
         ),
         ({"compensation_from_layer": 0}, "compensation_from_layer", "without compensation"),
+        ({"disk_cache_bytes": 1 << 20}, "disk_cache_bytes", "without disk_cache_dir"),
         ({"disk_cache_dir": "/tmp"}, "disk_cache_dir", "without host_cache_bytes"),
         (
             {"host_cache_bytes": 1 << 20, "enable_prefix_caching": False},

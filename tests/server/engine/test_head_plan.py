@@ -18,6 +18,21 @@ def test_compensation_needs_a_profile(tiny_model: Callable[[str], Path]) -> None
     assert caught.value.param == "compensation"
 
 
+def test_a_format_is_of_heads_that_there_are(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama")
+    profile = random_profile(folder, tmp_path / "p.json", seed=1)
+    for settings, message in (
+        ({"kv_cache_dtype": "streaming=int8"}, "names streaming heads"),
+        ({"kv_cache_dtype": "sliding=int8", "profile": str(profile)}, "names sliding heads"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            build_engine(folder, **settings)
+        assert caught.value.param == "kv_cache_dtype"
+    build_engine(folder, kv_cache_dtype="streaming=int8", profile=str(profile))
+
+
 def test_compensation_needs_a_window(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
     profile = random_profile(folder, tmp_path / "p.json", seed=1)
