@@ -78,10 +78,10 @@ class Resources:
     spill_bytes: int
     shared_bytes: int
 
-    def problems(self, capability: tuple[int, int], spill_allowance: int = 0) -> list[str]:
+    def problems(self, capability: tuple[int, int]) -> list[str]:
         """Why the kernel is no good on a GPU."""
         found: list[str] = []
-        if self.spill_bytes > MAX_SPILL_BYTES + spill_allowance:
+        if self.spill_bytes > MAX_SPILL_BYTES:
             found.append(f"spills {self.spill_bytes} bytes")
         if self.shared_bytes > SHARED_BYTES[capability]:
             found.append(f"more shared memory than {SHARED_BYTES[capability]} bytes")
@@ -159,7 +159,9 @@ def _choosing_variants(capability: tuple[int, int]) -> Iterator[Variant]:
         (PLAIN | INT4, 0),
         (INT8 | INT4, 0),
         (FP8 | INT4, 0),
-        (PLAIN | INT4, PLAIN),
+        (FP8, FP8),
+        (INT4, INT4),
+        (PLAIN | INT4, PLAIN | INT4),
         (INT8 | INT4, INT8),
     ):
         yield decode_variant(
@@ -178,7 +180,10 @@ def _compensated_variants(capability: tuple[int, int]) -> Iterator[Variant]:
         (64, PLAIN, PLAIN, False),
         (128, PLAIN, PLAIN, True),
         (128, INT8, INT8, False),
+        (128, FP8, FP8, False),
+        (128, INT4, INT4, False),
         (128, PLAIN | INT4, PLAIN, False),
+        (128, PLAIN | INT4, PLAIN | INT4, False),
     ):
         yield from _attention(
             torch.bfloat16, head_dim, formats, capability, softcap=softcap, compensated=compensated
@@ -247,7 +252,7 @@ def _check(capability: tuple[int, int], index: int) -> tuple[str, bool]:
     """A line of the table, and whether the variant is good."""
     variant = list(all_variants(capability))[index]
     taken = compile_variant(variant, capability)
-    problems = taken.problems(capability, variant.spill_allowance)
+    problems = taken.problems(capability)
     arch = f"sm_{capability[0]}{capability[1]}"
     line = (
         f"{arch}  {variant.name:<36} {variant.num_warps:>5} {variant.num_stages:>6} "

@@ -37,15 +37,6 @@ DROPPED_KEYS = tl.constexpr(16)
 """Tokens that are read at a time: the least that a matrix instruction takes."""
 
 
-MIXED_SPILL_ALLOWANCE = 64
-"""Where only one of several formats has sums, registers are short before the loop over keys."""
-
-
-def spill_allowance(formats: int, compensated: int) -> int:
-    """Bytes that a thread may spill for compensation's sake, given the sets of formats."""
-    return MIXED_SPILL_ALLOWANCE if compensated and formats.bit_count() > 1 else 0
-
-
 def describe_sums(formats: int) -> str:
     """A set of formats of pages that have sums for people, " compensated int8" for example."""
     return f" compensated{describe_formats(formats)}" if formats else ""

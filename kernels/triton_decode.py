@@ -16,12 +16,7 @@ import triton.language as tl
 
 from headlong.kernels.triton_choice import CHOICES_FIELDS
 from headlong.kernels.triton_codes import NUM_FORMATS, PLAIN, describe_formats
-from headlong.kernels.triton_compensation import (
-    describe_sums,
-    is_compensated,
-    locate_sums,
-    spill_allowance,
-)
+from headlong.kernels.triton_compensation import describe_sums, is_compensated, locate_sums
 from headlong.kernels.triton_merge import PART, ROWS, merge_variant
 from headlong.kernels.triton_pages import (
     GROUP_HEADS_FIELDS,
@@ -121,7 +116,9 @@ def decode_kernel(
         num_items = tl.load(splits_ptr + group * 2) * row_tiles * num_heads
         # The round goes on where the last group's ended.
         first_item = (program + programs - items_before % programs) % programs
-        for item in range(first_item, num_items, programs):
+        # With compensation, registers are short: what only threads differ in, addresses in shared
+        # memory above all, is then found anew for each item, not kept from item to item.
+        for item in tl.range(first_item, num_items, programs, disable_licm=COMPENSATED != 0):
             head = item % num_heads
             row_tile = item // num_heads % row_tiles
             pair_ptr = pairs_ptr + item // num_heads // row_tiles * 2
@@ -256,7 +253,6 @@ def decode_variant(
         num_warps=4,
         num_stages=3,
         max_registers=REGISTERS if dtype.itemsize == 2 and dim <= 128 else None,
-        spill_allowance=spill_allowance(formats, compensated),
     )
 
 

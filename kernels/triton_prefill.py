@@ -14,13 +14,8 @@ import triton
 import triton.language as tl
 
 from headlong.kernels.triton_chunk import attend_chunk
-from headlong.kernels.triton_codes import NUM_FORMATS, PLAIN, describe_formats
-from headlong.kernels.triton_compensation import (
-    describe_sums,
-    is_compensated,
-    locate_sums,
-    spill_allowance,
-)
+from headlong.kernels.triton_codes import PLAIN, describe_formats
+from headlong.kernels.triton_compensation import describe_sums, is_compensated, locate_sums
 from headlong.kernels.triton_pages import (
     GROUP_HEADS_FIELDS,
     ROWS_FIELDS,
@@ -38,6 +33,70 @@ from headlong.kernels.triton_variant import (
     padded_dim,
     reads_as_float32,
 )
+
+
+@triton.jit
+def attend_pages(
+    query,
+    t,
+    nearest,
+    farthest,
+    group,
+    page,
+    page_format,
+    groups_ptr,
+    elements_ptr,
+    bytes_ptr,
+    halves_ptr,
+    sums_ptr,
+    has_sums,
+    sink_size,
+    window_size,
+    table_ptr,
+    sink_blocks,
+    gone_blocks,
+    block_shift,
+    scale,
+    softcap,
+    FORMATS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CODE_KEYS: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+):
+    """Running softmax of a tile of rows over pages of one of a set of formats.
+
+    What is not of the first format of the set is left to the others, in the other branch: were they
+    side by side, registers would be kept for one all through the other.
+    """
+    first: tl.constexpr = FORMATS & -FORMATS
+    form: tl.constexpr = (first > 1) + (first > 2) + (first > 4)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
+    if (page_format == form) | (first == FORMATS):
+        keys_ptr, values_ptr, scales_ptr, minima_ptr, block_units = locate_page(
+            groups_ptr, group, page, elements_ptr, bytes_ptr, halves_ptr, form, ITEMSIZE
+        )
+        acc, total, largest = attend_chunk(
+            query, t, nearest, farthest, sink_size, window_size, table_ptr, sink_blocks,
+            gone_blocks, keys_ptr, values_ptr, scales_ptr, minima_ptr, sums_ptr, has_sums,
+            block_units, block_shift, scale, softcap, form, HEAD_DIM, DIM, ROWS,
+            KEYS if form == PLAIN else CODE_KEYS, ITEMSIZE, SOFTCAP, NATIVE_FP8, COMPENSATED,
+        )  # fmt: skip
+    elif first != FORMATS:
+        acc, total, largest = attend_pages(
+            query, t, nearest, farthest, group, page, page_format, groups_ptr, elements_ptr,
+            bytes_ptr, halves_ptr, sums_ptr, has_sums, sink_size, window_size, table_ptr,
+            sink_blocks, gone_blocks, block_shift, scale, softcap, FORMATS - first, HEAD_DIM, DIM,
+            ROWS, KEYS, CODE_KEYS, ITEMSIZE, SOFTCAP, NATIVE_FP8, COMPENSATED,
+        )  # fmt: skip
+    return acc, total, largest
 
 
 @triton.jit(
@@ -119,23 +178,12 @@ def prefill_kernel(
     page_format = load_format(groups_ptr, group)
     has_sums = is_compensated(groups_ptr, group)
     sums_ptr = locate_sums(groups_ptr, group, page, floats_ptr)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    largest = tl.zeros([ROWS], tl.float32)
-    for form in tl.static_range(NUM_FORMATS):
-        if FORMATS >> form & 1:
-            is_here = (page_format == form) | (1 << form == FORMATS)
-            if is_here:
-                keys_ptr, values_ptr, scales_ptr, minima_ptr, block_units = locate_page(
-                    groups_ptr, group, page, elements_ptr, bytes_ptr, halves_ptr, form, ITEMSIZE
-                )
-                acc, total, largest = attend_chunk(
-                    query, t, nearest, farthest, sink_size, window_size, table_ptr, sink_blocks,
-                    gone_blocks, keys_ptr, values_ptr, scales_ptr, minima_ptr, sums_ptr, has_sums,
-                    block_units, block_shift, scale, softcap, form, HEAD_DIM, DIM, ROWS,
-                    KEYS if form == PLAIN else CODE_KEYS, ITEMSIZE, SOFTCAP, NATIVE_FP8,
-                    COMPENSATED,
-                )  # fmt: skip
+    acc, total, largest = attend_pages(
+        query, t, nearest, farthest, group, page, page_format, groups_ptr, elements_ptr, bytes_ptr,
+        halves_ptr, sums_ptr, has_sums, sink_size, window_size, table_ptr, sink_blocks, gone_blocks,
+        block_shift, scale, softcap, FORMATS, HEAD_DIM, DIM, ROWS, KEYS, CODE_KEYS, ITEMSIZE,
+        SOFTCAP, NATIVE_FP8, COMPENSATED,
+    )  # fmt: skip
 
     sinks = tl.load(sinks_ptr + q_heads, mask=tokens < num_new, other=0.0)
     total = with_sink(total, largest, sinks)
@@ -196,7 +244,6 @@ def prefill_variant(
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        spill_allowance=spill_allowance(formats, compensated),
     )
 
 

@@ -35,7 +35,6 @@ class Variant:
         num_stages: Depth of the software pipeline.
         max_registers: Most registers of a thread, so that several programs share a multiprocessor;
             None is as many as there are.
-        spill_allowance: Bytes that a thread may spill beyond what others may.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Variant:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    spill_allowance: int = 0
 
     @property
     def options(self) -> dict[str, int]:
