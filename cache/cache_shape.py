@@ -45,14 +45,15 @@ class CacheShape:
 
     def page(self, group: HeadGroup) -> PageLayout:
         """Layout of a group's pages."""
+        compensated = self.compensated and group.kind == STREAMING
         return PageLayout(
             self.block_size,
             self.head_dim,
             self.dtype,
             self.formats.get(group.kind),
             summarised=self.summarised and group.kind == RETRIEVAL_HEADS,
-            compensated=self.compensated and group.kind == STREAMING,
-            compensated_from=self.compensated_from,
+            compensated=compensated,
+            compensated_from=self.compensated_from if compensated else 0,
         )
 
     def block_bytes(self, group: HeadGroup) -> int:
