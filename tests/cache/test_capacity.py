@@ -2,7 +2,6 @@ import dataclasses
 import re
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,44 +13,11 @@ from headlong.cache.capacity import (
     plan_blocks,
     plan_memory,
 )
-from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
 from headlong.kernels.layout import QUANTISATIONS
-
-STREAMING = HeadPolicy(sink_size=4, window_size=12)
-BLOCK_SIZE = 4
-# K and V of a head for a block, in float32.
-PAGE_BYTES = 2 * BLOCK_SIZE * 8 * 4
-
-
-def build_shape(
-    policies: dict[HeadPolicy, int],
-    max_num_seqs: int = 4,
-    max_num_batched_tokens: int = 32,
-    wide_tokens: int = 0,
-) -> CacheShape:
-    """A shape with a group of so many heads for each policy; the first window is the profile's."""
-    names = (name for name in ("streaming", *(f"sliding-{layer}" for layer in range(9))))
-    groups = tuple(
-        HeadGroup(
-            "retrieval" if policy.keeps_all else next(names),
-            policy,
-            tuple((layer, head) for head in range(count)),
-        )
-        for layer, (policy, count) in enumerate(policies.items())
-    )
-    return CacheShape(
-        groups,
-        8,
-        torch.float32,
-        BLOCK_SIZE,
-        max_num_seqs,
-        max_num_batched_tokens,
-        wide_tokens=wide_tokens,
-    )
-
+from support.shapes import BLOCK_SIZE, PAGE_BYTES, STREAMING, build_shape
 
 SHAPES = st.builds(
     build_shape,

@@ -3,50 +3,16 @@
 import dataclasses
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headlong.cache.cache_shape import CacheShape
 from headlong.cache.capacity import CapacityError, MemoryPlan, plan_memory
-from headlong.cache.groups import HeadGroup
 from headlong.cache.kv_cache import KVCache
 from headlong.cache.policy import RETRIEVAL, HeadPolicy
 from headlong.cache.reservation import Reservation
 from headlong.kernels.layout import ArenaLayout
-
-STREAMING = HeadPolicy(sink_size=4, window_size=12)
-BLOCK_SIZE = 4
-# K and V of a head for a block, in float32.
-PAGE_BYTES = 2 * BLOCK_SIZE * 8 * 4
-
-
-def build_shape(
-    policies: dict[HeadPolicy, int],
-    max_num_seqs: int = 4,
-    max_num_batched_tokens: int = 32,
-    wide_tokens: int = 0,
-) -> CacheShape:
-    """A group of so many heads for each policy, each group in a layer; the second streams."""
-    names = ("retrieval", "streaming", "sliding-0", "sliding-1")
-    groups = tuple(
-        HeadGroup(
-            names[0] if policy.keeps_all else names[max(1, layer)],
-            policy,
-            tuple((layer, head) for head in range(count)),
-        )
-        for layer, (policy, count) in enumerate(policies.items())
-    )
-    return CacheShape(
-        groups,
-        8,
-        torch.float32,
-        BLOCK_SIZE,
-        max_num_seqs,
-        max_num_batched_tokens,
-        wide_tokens=wide_tokens,
-    )
-
+from support.shapes import BLOCK_SIZE, PAGE_BYTES, STREAMING, build_shape
 
 SHAPES = st.builds(
     build_shape,

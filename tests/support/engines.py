@@ -1,7 +1,7 @@
 """Small engines, and what comes out of them."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,6 +30,16 @@ def build_engine(
     }
     config = EngineConfig(model=str(folder), **(settings | changes))  # type: ignore[arg-type]
     return Engine(config, on_rank_death=on_rank_death)
+
+
+def engine_maker(folder: Path, scratch: Path, **settings: object) -> Callable[..., Engine]:
+    """What builds engines of these settings and a random profile, with a test's changes."""
+    profile = random_profile(folder, scratch / "p.json", seed=1)
+
+    def make(**changes: object) -> Engine:
+        return build_engine(folder, **({"profile": str(profile)} | settings | changes))
+
+    return make
 
 
 def crowded_engines(

@@ -11,7 +11,7 @@ from headlong.server.engine.canary import MAX_STARTS
 from headlong.server.engine.engine import Engine
 from headlong.server.engine.request import EngineRequest, KVPolicy
 from headlong.server.engine.token_scores import PagedForward
-from support.engines import build_engine, greedy, random_profile, random_prompts
+from support.engines import engine_maker, greedy, random_prompts
 from support.tiny_models import VOCAB_SIZE
 
 PROMPT = random_prompts([90], VOCAB_SIZE, seed=4)[0]
@@ -19,19 +19,13 @@ PROMPT = random_prompts([90], VOCAB_SIZE, seed=4)[0]
 
 @pytest.fixture
 def build(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Engine]:
-    folder = tiny_model("qwen3")
-    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
-
-    def make(**changes: object) -> Engine:
-        settings: dict[str, object] = {
-            "profile": profile,
-            "canary_rate": 1.0,
-            "max_model_len": 512,
-            "kv_policy_tokens": 512,
-        }
-        return build_engine(folder, **(settings | changes))
-
-    return make
+    return engine_maker(
+        tiny_model("qwen3"),
+        tmp_path,
+        canary_rate=1.0,
+        max_model_len=512,
+        kv_policy_tokens=512,
+    )
 
 
 def serve(engine: Engine, name: str = "r", **options: object) -> list[int]:

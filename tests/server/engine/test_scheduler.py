@@ -12,7 +12,7 @@ from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.sampling_params import SamplingParams
 from headlong.server.engine.scheduler import MAX_FETCHING, MAX_PASSED, SCORED_TOKENS
 from headlong.server.engine.sequence import Sequence
-from support.engines import build_engine, greedy, random_profile, random_prompts, run
+from support.engines import engine_maker, greedy, random_prompts, run
 from support.tiny_models import VOCAB_SIZE
 
 LONG, *SHORT = random_prompts([400, 8, 8, 8, 8], VOCAB_SIZE, seed=5)
@@ -20,20 +20,14 @@ LONG, *SHORT = random_prompts([400, 8, 8, 8, 8], VOCAB_SIZE, seed=5)
 
 @pytest.fixture
 def build(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Engine]:
-    folder = tiny_model("qwen3")
-    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
-
-    def make(**changes: object) -> Engine:
-        settings: dict[str, object] = {
-            "profile": profile,
-            "max_model_len": 512,
-            "max_num_batched_tokens": 64,
-            "chunked_prefill_size": 16,
-            "block_size": 8,
-        }
-        return build_engine(folder, **(settings | changes))
-
-    return make
+    return engine_maker(
+        tiny_model("qwen3"),
+        tmp_path,
+        max_model_len=512,
+        max_num_batched_tokens=64,
+        chunked_prefill_size=16,
+        block_size=8,
+    )
 
 
 def add(engine: Engine, name: str, prompt: list[int], tokens: int = 4, **options: object) -> None:

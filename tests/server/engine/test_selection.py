@@ -22,7 +22,7 @@ from headlong.server.engine.request import EngineRequest
 from headlong.server.engine.scheduler import ScheduledChunk
 from headlong.server.engine.selection import SCORED_SEQUENCES, SelectionRule
 from support.caches import build_cache
-from support.engines import build_engine, greedy, random_profile, random_prompts
+from support.engines import engine_maker, greedy, random_prompts
 from support.tiny_models import VOCAB_SIZE
 
 RULE = SelectionRule(
@@ -99,20 +99,14 @@ def test_no_two_sequences_have_a_place(steps: list[str]) -> None:
 
 @pytest.fixture
 def build(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Engine]:
-    folder = tiny_model("qwen3")
-    profile = str(random_profile(folder, tmp_path / "p.json", seed=1))
-
-    def make(**changes: object) -> Engine:
-        settings: dict[str, object] = {
-            "profile": profile,
-            "block_size": 8,
-            "retrieval_budget": 70,
-            "selection_reuse_steps": 4,
-            "max_model_len": 256,
-        }
-        return build_engine(folder, **(settings | changes))
-
-    return make
+    return engine_maker(
+        tiny_model("qwen3"),
+        tmp_path,
+        block_size=8,
+        retrieval_budget=70,
+        selection_reuse_steps=4,
+        max_model_len=256,
+    )
 
 
 class Watched:
