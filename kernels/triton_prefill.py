@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from headlong.kernels.triton_chunk import attend_chunk
-from headlong.kernels.triton_codes import PLAIN, describe_formats
+from headlong.kernels.triton_codes import NUM_FORMATS, PLAIN, describe_formats
 from headlong.kernels.triton_compensation import describe_sums, is_compensated, locate_sums
 from headlong.kernels.triton_pages import (
     GROUP_HEADS_FIELDS,
@@ -74,6 +74,7 @@ def attend_pages(
     What is not of the first format of the set is left to the others, in the other branch: were they
     side by side, registers would be kept for one all through the other.
     """
+    tl.static_assert(NUM_FORMATS == 4, "a set's first format is found among four")
     first: tl.constexpr = FORMATS & -FORMATS
     form: tl.constexpr = (first > 1) + (first > 2) + (first > 4)
     acc = tl.zeros([ROWS, DIM], tl.float32)

@@ -1,7 +1,7 @@
 """What the engine needs to know before it starts."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from headlong.server.engine.kv_cache_dtype import read_kv_cache_dtype
@@ -17,14 +17,20 @@ ArenaBalance = Literal["slabs", "fixed"]
 UNBOUNDED = 2**31 - 1
 """The kernels' window of a head that keeps everything, stated again for the same reason."""
 
-DISK_CACHE_BYTES = 64 << 30
-"""Most bytes of files when nothing is said."""
-
 MIN_BUDGET_BLOCKS = 8
 """Fewest blocks of a retrieval budget: the first, the newest, and some to choose."""
 
 MAX_RANKS = 64
 """Ranks of one machine: none has more devices, and none of the models has more KV heads."""
+
+_NOTHING_WITHOUT = {
+    "compensation_from_layer": "compensation",
+    "selection_reuse_steps": "retrieval_budget",
+    "selection_min_similarity": "retrieval_budget",
+    "disk_cache_dir": "host_cache_bytes",
+    "disk_cache_bytes": "disk_cache_dir",
+}
+"""Settings that change nothing while another is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +122,7 @@ class EngineConfig:
     arena_balance: ArenaBalance = "slabs"
     host_cache_bytes: int = 0
     disk_cache_dir: str | None = None
-    disk_cache_bytes: int = DISK_CACHE_BYTES
+    disk_cache_bytes: int = 64 << 30
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
@@ -169,16 +175,13 @@ class EngineConfig:
             "in -1 to 1",
         )
         check(self.compensation_from_layer >= 0, "compensation_from_layer", "0 or more")
-        check(
-            self.compensation_from_layer == 1 or self.compensation == "on",
-            "compensation_from_layer",
-            "left out without compensation",
-        )
-        for name, default in (("selection_reuse_steps", 1), ("selection_min_similarity", None)):
+        defaults = {each.name: each.default for each in fields(self)}
+        for name, needed in _NOTHING_WITHOUT.items():
+            says_nothing = getattr(self, name) == defaults[name]
             check(
-                getattr(self, name) == default or budget is not None,
+                says_nothing or getattr(self, needed) != defaults[needed],
                 name,
-                "left out without retrieval_budget",
+                f"left out without {needed}",
             )
         check(
             similarity is None or self.selection_reuse_steps > 1,
@@ -187,16 +190,6 @@ class EngineConfig:
         )
         check(self.host_cache_bytes >= 0, "host_cache_bytes", "0 or more")
         check(self.disk_cache_bytes > 0, "disk_cache_bytes", "over 0")
-        check(
-            self.disk_cache_bytes == DISK_CACHE_BYTES or self.disk_cache_dir is not None,
-            "disk_cache_bytes",
-            "left out without disk_cache_dir",
-        )
-        check(
-            self.disk_cache_dir is None or self.host_cache_bytes > 0,
-            "disk_cache_dir",
-            "left out without host_cache_bytes",
-        )
         check(
             self.host_cache_bytes == 0 or self.enable_prefix_caching,
             "host_cache_bytes",

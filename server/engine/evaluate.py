@@ -7,9 +7,10 @@ easier.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from headlong.profiling.errors import ScoringError
 from headlong.profiling.evaluation_tasks import Answer
@@ -26,23 +27,26 @@ from headlong.server.engine.token_scores import PagedForward, open_paged_forward
 _Key = tuple[tuple[str, ...], int, int]
 """Labels, sink size and window size: what makes one cache another."""
 
+_COMPRESSION = (
+    "profile",
+    "sparsity",
+    "threshold",
+    "sink_size",
+    "window_size",
+    "kv_cache_dtype",
+    "compensation",
+    "compensation_from_layer",
+    "retrieval_budget",
+    "selection_reuse_steps",
+    "selection_min_similarity",
+)
+"""Settings of what heads keep, store and read."""
+
 
 def without_compression(config: EngineConfig) -> EngineConfig:
     """The settings of an engine whose heads all keep and read everything, as the layers make it."""
-    return replace(
-        config,
-        profile=None,
-        sparsity=None,
-        threshold=None,
-        sink_size=None,
-        window_size=None,
-        kv_cache_dtype="auto",
-        compensation="off",
-        compensation_from_layer=1,
-        retrieval_budget=None,
-        selection_reuse_steps=1,
-        selection_min_similarity=None,
-    )
+    defaults: dict[str, Any] = {each.name: each.default for each in fields(config)}
+    return replace(config, **{name: defaults[name] for name in _COMPRESSION})
 
 
 class EngineAnswers:

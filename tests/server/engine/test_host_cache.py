@@ -105,6 +105,14 @@ def rest(engine: Engine) -> None:
     cache.check_integrity()
 
 
+def fill_disk(setting: Setting, folder: Path) -> Engine:
+    """An engine that has left the blocks of the prompts in a folder."""
+    engine = setting.open(disk_cache_dir=str(folder))
+    run(engine, setting.prompts)
+    rest(engine)
+    return engine
+
+
 def step_until(engine: Engine, condition: object) -> None:
     for _ in range(5000):
         if callable(condition) and condition():
@@ -326,9 +334,7 @@ def test_a_restart_finds_what_was_on_disk(setting: Setting, tmp_path: Path) -> N
 def test_a_slow_disk_holds_up_nobody_else(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = setting.open(disk_cache_dir=str(tmp_path))
-    run(first, setting.prompts)
-    rest(first)
+    fill_disk(setting, tmp_path)
     second = setting.open(disk_cache_dir=str(tmp_path))
     tiers = tiered(second).tiers
     assert tiers is not None
@@ -359,9 +365,7 @@ def test_a_slow_disk_holds_up_nobody_else(
 
 @pytest.mark.parametrize("harm", ["corrupt", "truncate", "lengthen", "foreign", "empty", "remove"])
 def test_a_wrong_file_is_a_miss(setting: Setting, tmp_path: Path, harm: str) -> None:
-    first = setting.open(disk_cache_dir=str(tmp_path))
-    run(first, setting.prompts)
-    rest(first)
+    fill_disk(setting, tmp_path)
     second = setting.open(disk_cache_dir=str(tmp_path))
     files = sorted(tmp_path.rglob("*.kv"))
     contents = [path.read_bytes() for path in files]
@@ -386,9 +390,7 @@ def test_a_wrong_file_is_a_miss(setting: Setting, tmp_path: Path, harm: str) -> 
 
 
 def test_other_weights_find_nothing(setting: Setting, tmp_path: Path) -> None:
-    first = setting.open(disk_cache_dir=str(tmp_path / "disk"))
-    run(first, setting.prompts)
-    rest(first)
+    fill_disk(setting, tmp_path / "disk")
     # The same path with other weights, as after a new training run.
     config = (setting.model / "model.safetensors").read_bytes()
     other = save_tiny_model(tmp_path, "llama", seed=1)
@@ -429,10 +431,7 @@ def test_salts_stay_apart(setting: Setting) -> None:
 def test_a_start_that_fails_leaves_nothing_open(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = setting.open(disk_cache_dir=str(tmp_path))
-    run(first, setting.prompts)
-    rest(first)
-    first.close()
+    fill_disk(setting, tmp_path).close()
 
     def fail(engine: Engine) -> None:
         del engine
